@@ -1,0 +1,1756 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numba==0.68.1", "numpy==2.4.6", "matplotlib==3.11.2"]
+# ///
+"""EMA for diffusion models: train one, and see what the average of its weights does.
+
+    python ddpm_ema.py --decay 0.999                      train, sample, compare raw with EMA
+    python ddpm_ema.py --decay 0.9,0.99,0.999,0.9999      any number of decays from one run
+    python ddpm_ema.py --decay 0.9995                     the same run, one more decay: no training
+
+An exponential moving average follows the weights theta_t of step t with a decay beta:
+
+    e_t = beta e_{t-1} + (1 - beta) theta_t,    e_0 = theta_0.
+
+It averages over a horizon of 1 / (1 - beta) steps and still gives theta_0 the init share beta^t.
+The network learns to undo x_t = alpha_t x0 + sigma_t eps (Ho et al. 2020, arXiv:2006.11239); the
+same noise is then turned into images by the raw and by the averaged weights.
+
+The sections EMA, Noise schedules and UNet each run when pasted alone into an empty file.
+"""
+
+# ==================================================================================================
+# EMA
+# ==================================================================================================
+# For weights θ_t after optimizer step t and a decay β_t, which may depend on the step:
+#     e_t = β_t e_{t-1} + (1 - β_t) θ_t,    e_0 = θ_0 (the initial weights).
+# Stored is the displacement d = e - θ_0, so that rounding is relative to how far the weights moved.
+#
+# Blocks. With δ_j = θ_j - θ_{j-1} and r_j = 1 - Π_{i≥j} β_i, a block of steps that starts at the
+# weights θ_b changes d exactly by d += r_1 (x - d) with x = θ_b - θ_0 + Σ_j (r_j / r_1) δ_j.
+#
+# Any decay afterwards. Of e_t's weight, S_n = Π_{i>t-n} β_i lies at least n steps back (β^n for a
+# constant decay): e_t = θ_t - Σ_n S_n δ_{t+1-n}. So Σ_k a_k e_k with Σ_k a_k = 1 differs from the
+# e_t of another decay by Σ_n R_n δ_{t+1-n}, R the misfit of the survival functions S, and
+# ‖error‖ ≤ ‖R‖ (Σ_t ‖δ_t‖²)^½. The a_k minimise ‖R‖, whose inner products are geometric series.
+
+import contextlib
+import math
+
+import torch
+
+LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 15) for rung in range(16))  # 1 - decay: 0.1 to 5e-5
+
+
+def parse_decay(decay):
+    """The canonical text of a decay: "0.999", "step", "ramp:0.9999", "halflife:2000", "power:0.1".
+
+    decay: a number or such a text. ValueError, in one line, for anything else.
+    """
+    text = str(decay).strip()
+    if text == "step":
+        return text
+    kind = text[: text.rfind(":") + 1]
+    with contextlib.suppress(ValueError):
+        value = float(text[len(kind) :])
+        unit = 0 <= value < 1
+        allowed = {"": unit, "ramp:": unit, "power:": 0 < value <= 12**-0.5}
+        if allowed.get(kind, kind == "halflife:" and 0 < value < math.inf):
+            return kind + repr(value).removesuffix(".0")
+    raise ValueError(
+        f"decay {text!r} is not understood; allowed: a number 0 <= decay < 1 (0.999), step, "
+        "ramp:0.9999, halflife:2000 (in steps), power:0.10 (sigma_rel, at most 0.288)"
+    )
+
+
+def decay_rates(spec, t):
+    """1 - β_t for a canonical decay at steps t = 1, 2, … (float64), exact where β_t is near 1.
+
+    step: β_t = 1 - 1/(t+1), the plain mean. ramp: min(β, (1+t)/(10+t)). halflife: 2^(-1/steps).
+    power: (1 - 1/t)^(γ+1), of relative width sigma_rel (Karras et al. 2024, arXiv:2312.02696).
+    """
+    if spec == "step":
+        return 1 / (t + 1)
+    kind, _, number = spec.rpartition(":")
+    value = float(number)
+    if kind == "ramp":
+        return (9 / (10 + t)).clamp(min=1 - value)
+    if kind == "power":
+        low, high = 0.0, 1 / value  # γ solves sigma_rel² = (γ+1) / ((γ+2)² (γ+3))
+        for _ in range(60):
+            gamma = (low + high) / 2
+            wide = gamma + 1 > (gamma + 2) ** 2 * (gamma + 3) * value**2
+            low, high = (gamma, high) if wide else (low, gamma)
+        return -torch.expm1((gamma + 1) * torch.log1p(-1 / t))
+    rate = -math.expm1(-math.log(2) / value) if kind == "halflife" else 1 - value
+    return torch.full_like(t, rate)
+
+
+def geometric_sum(rate, other, first, last):
+    """Σ (β β')^n for n = first … last and β = 1 - rate, exact also where both are near 1."""
+    gap = rate + other - rate * other  # 1 - β β'
+    log = torch.log1p(-rate) + torch.log1p(-other)
+    count = last - first + 1
+    series = torch.exp(first * log) * -torch.expm1(count * log) / gap
+    return torch.where(gap > 0, series, float(count))
+
+
+def bare_name(name):
+    """A parameter's name in the bare model: without what DDP and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+class EMA:
+    """Moving averages of a model's parameters, for many decays at once and any decay afterwards.
+
+    e_t = β_t e_{t-1} + (1 - β_t) θ_t with e_0 = θ_0. Call `update` once after every
+    `optimizer.step()`, never once per micro-batch.
+
+    model: any module, also compiled or wrapped in DistributedDataParallel. Its parameters are
+        averaged in float32, whatever their dtype; its buffers are read out as they are.
+    decays: numbers 0 <= decay < 1 or schedules, see `parse_decay`.
+    ladder: constant decays that are tracked as well, so that any decay between them can be read
+        out; None for none.
+    block: steps that are kept before they are folded into the averages in one go.
+    device: where the averages are kept; the device of the first parameter by default.
+
+    Memory: (K + block + 2) float32 copies of the parameters, K the number of different decays.
+    Under torch.distributed every rank keeps a slice of them and makes the same calls.
+    ValueError for a decay that is not understood or not available, and for a parameter that
+    appears, disappears or changes shape.
+    """
+
+    def __init__(self, model, decays=(0.999,), ladder=LADDER, block=16, device=None):
+        if block < 1:
+            raise ValueError(f"block is {block}: at least one step")
+        self.model, self.block = model, block
+        self.decays = [parse_decay(decay) for decay in decays]
+        self._ladder = [parse_decay(float(decay)) for decay in ladder or ()]
+        self._rows = list(dict.fromkeys([*self.decays, *self._ladder]))
+        if not self._rows:
+            raise ValueError("no decay to track: give decays, a ladder or both")
+        self.step, self._pending, self._swapped, self._shapes = 0, 0, False, None
+        self._loaded = {}  # row -> [our step when load_average started it, its own step then]
+        self._bind()
+        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        self._total = sum(sizes)
+        device = torch.device(device or self._parameters[0].device)
+
+        # A rank owns whole chunks of one grid that does not depend on the number of ranks: the
+        # products have the same shapes, and so the averages the same bits, on any of them.
+        self._chunk = 32768 if device.type == "cpu" else 262144  # the scratch fits the cache
+        self._rank, self._world, chunks = 0, 1, -(-self._total // self._chunk)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._rank = torch.distributed.get_rank()
+            self._world = torch.distributed.get_world_size()
+        low, high = (chunks * (self._rank + i) // self._world * self._chunk for i in (0, 1))
+        high = min(high, self._total)
+        self._slice, width = slice(low, high), high - low
+
+        # Step t is in row 1 + (t - 1) % block of `recent`, the last fold's weights are in row 0.
+        rows = len(self._rows)
+        self._bank = torch.zeros(rows, width, device=device)  # [K, P] d
+        self._recent = torch.zeros(block + 1, width, device=device)  # [block + 1, P] θ
+        self._scratch = torch.empty(block + 1 + rows, min(self._chunk, width), device=device)
+        self._squares = torch.zeros(-(-width // self._chunk), device=device)
+        self._path = torch.zeros((), dtype=torch.float64, device=device)  # Σ ‖δ_t‖²
+        self._cuts, self._views, at = [], [[] for _ in self._recent], -low
+        for index, (shape, size) in enumerate(zip(self._shapes.values(), sizes)):
+            cut = slice(max(0, -at), min(size, width - at))  # the part that is in this rank's slice
+            if cut.start < cut.stop:
+                whole = cut == slice(0, size)
+                self._cuts.append((index, None if whole else cut))
+                for views, row in zip(self._views, self._recent):
+                    part = row[at + cut.start : at + cut.stop]
+                    views.append(part.view(shape) if whole else part)
+            at += size
+        self._take(0)
+        self._initial = self._recent[0].clone()  # [P] θ_0
+
+    def _match(self, shapes, where):
+        """Raises, naming the parameter, unless `shapes` (by name) are those of the averages."""
+        for name in {**self._shapes, **shapes}:
+            ours, theirs = self._shapes.get(name), shapes.get(name)
+            if ours != theirs:
+                raise ValueError(f"{where}: parameter {name} has shape {theirs}, expected {ours}")
+
+    def _fingerprint(self):
+        """Differs once a parameter or module was added, taken away, replaced or reshaped."""
+        owned = [x for m in self._modules for x in (*m._parameters.values(), *m._modules.values())]
+        return [*map(id, owned), *[p.shape for p in self._parameters]]
+
+    def _bind(self):
+        """Finds the parameters by name, tied ones once."""
+        named = {}
+        for name, parameter in self.model.named_parameters():
+            if bare_name(name) in named or not parameter.is_floating_point():
+                raise ValueError(f"parameter {name} is {parameter.dtype} or has another's name")
+            named[bare_name(name)] = parameter
+        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        self._shapes = self._shapes or shapes
+        self._match(shapes, "the model has changed")
+        self._parameters = [named[name] for name in self._shapes]
+        self._modules = list(self.model.modules())
+        self._seen = self._fingerprint()
+
+    def _live(self):
+        """The model's parameters and buffers by bare name, tied ones under each of their names."""
+        state = self.model.state_dict(keep_vars=True)
+        return {bare_name(name): value for name, value in state.items()}
+
+    @torch.no_grad()
+    def _take(self, row):
+        """Copies this rank's slice of the weights into a row of `recent`."""
+        if self._fingerprint() != self._seen:
+            self._bind()
+        named = self._parameters
+        parts = [named[i] if cut is None else named[i].reshape(-1)[cut] for i, cut in self._cuts]
+        if parts:
+            torch._foreach_copy_(self._views[row], parts)
+
+    def update(self):
+        """Takes in the model's weights after one more optimizer step."""
+        if self._swapped:
+            raise RuntimeError("update() inside applied(): the model holds averaged weights")
+        self._take(self._pending + 1)
+        self.step += 1
+        self._pending += 1
+        if self._pending == self.block:
+            self._fold()
+
+    def _reached(self):
+        """r [K, m] (float64): the weight that e gives to pending step j and the later ones."""
+        t = torch.arange(self.step - self._pending + 1, self.step + 1, dtype=torch.float64)  # [m]
+        rates = []
+        for spec in self._rows:
+            since, own = self._loaded.get(spec, (0, 0))
+            rates.append(torch.where(t > since, decay_rates(spec, t - since + own), 0.0))
+        return -torch.expm1(torch.log1p(-torch.stack(rates)).flip(1).cumsum(1).flip(1))
+
+    @torch.no_grad()
+    def _fold(self):
+        """Folds a full block into the bank, chunk by chunk, in scratch that stays in the cache."""
+        rows, device = len(self._rows), self._bank.device
+        reached = self._reached()
+        share = reached[:, :1]  # [K, 1] r_1
+        # Under a steady drift d += … rounds the same way every time, and the bias adds up over a
+        # long horizon. A wobble of the factor of d, of mean zero, turns it into a passing error.
+        wobble = 2**-21 * (self.step / self.block * 0.6180339887 % 1 - 0.5) * (1 - share)
+        mix = torch.cat([share, reached], dim=1)
+        share = share - wobble.clamp(-share / 2, share / 2)
+        mix = mix / share  # [K, 1 + m]
+        mix, share = mix.to(device, torch.float32), share.to(device, torch.float32)
+        # The averages stay exact where a training script allows TF32 or bfloat16 products.
+        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        allowed = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        for index, low in enumerate(range(0, len(self._initial), self._chunk)):
+            columns = slice(low, low + self._chunk)
+            recent, bank = self._recent[:, columns], self._bank[:, columns]
+            scratch = self._scratch.view(-1)[: len(self._scratch) * recent.shape[1]]
+            moves, mean = scratch.view(len(self._scratch), -1).split([self.block + 1, rows])
+            torch.sub(recent[0], self._initial[columns], out=moves[0])
+            torch.sub(recent[1:], recent[:-1], out=moves[1:])
+            steps = moves[1:].view(-1)
+            torch.dot(steps, steps, out=self._squares[index])
+            torch.mm(mix, moves, out=mean)
+            bank.lerp_(mean, share)
+        for backend, precision in zip(backends, allowed):
+            backend.fp32_precision = precision
+        self._path += self._squares.sum(dtype=torch.float64)
+        self._recent[0].copy_(self._recent[-1])
+        self._pending = 0
+
+    def _sum(self, values):
+        """The sum over all ranks."""
+        if self._world > 1:
+            values = values.to(self._parameters[0].device)  # where the process group can reach it
+            torch.distributed.all_reduce(values)
+        return values
+
+    def _gather(self, part):
+        """The whole [P] of which every rank has its slice."""
+        whole = part.new_zeros(self._total)
+        whole[self._slice] = part
+        return self._sum(whole)
+
+    def _survival(self, spec):
+        """S_n [t + 1] (float64), n = 0 … t: the share of e_t's weight at least n steps back."""
+        since, own = self._loaded.get(spec, (0, 0))
+        t = torch.arange(self.step - since + own, 0, -1, dtype=torch.float64)
+        logs = torch.log1p(-decay_rates(spec, t)).cumsum(0)
+        return torch.cat([torch.zeros(1, dtype=torch.float64), logs]).exp()
+
+    def _fit(self, spec):
+        """A decay as a mixture: of the rows [K], of the weights 0, 1, … steps back, and ‖R‖."""
+        mixture, t = torch.zeros(len(self._rows), dtype=torch.float64), self.step
+        if spec in self._rows:
+            mixture[self._rows.index(spec)] = 1
+            return mixture, mixture[:0], 0.0
+        if not self._ladder:
+            raise ValueError(f"decay {spec} is not tracked; tracked: {', '.join(self._rows)}")
+        low, high = min(map(float, self._ladder)), max(map(float, self._ladder))
+        rate = decay_rates(spec, torch.tensor([max(t, 1)], dtype=torch.float64))
+        if not 1 - high <= rate <= 1 - low:
+            now, span = f"{1 - rate.item():.6g} at step {t}", f"{low:.6g} to {high:.6g}"
+            raise ValueError(f"decay {spec} ({now}) is outside the ladder's range, {span}")
+        # θ_0 serves as one more row (decay 1, displacement 0). The last weights are at hand: they
+        # take up the misfit of the first `window` steps, and the fit sees only those before.
+        window = min(self.block, t)
+        used = [k for k, row in enumerate(self._rows) if row in {*self._ladder} - {*self._loaded}]
+        rates = torch.tensor([1 - float(self._rows[k]) for k in used] + [0.0], dtype=torch.float64)
+        target = self._survival(spec)
+        gram = geometric_sum(rates[:, None], rates, window, t)
+        cross, norm = torch.zeros_like(rates), geometric_sum(rate, rate, window, t)
+        if spec[0].isdigit() or spec.startswith("halflife"):
+            cross = geometric_sum(rates, rate, window, t)
+        else:
+            norm = target[window:].square().sum()
+            for n in torch.arange(window, t + 1).split(65536):
+                cross += (torch.log1p(-rates)[:, None] * n).exp() @ target[n]
+        # The ridge keeps the float32 rounding of the rows from being amplified.
+        ridge = 1e-12 * gram.diag().diag()
+        fit = torch.linalg.solve(gram + ridge, cross)
+        size = fit @ gram @ fit
+        misfit = (norm - 2 * fit @ cross + size).clamp(min=0) + 1e-15 * (norm + size)
+        mixture[used] = fit[:-1]
+        n = torch.arange(window)
+        rest = target[:window] - fit @ (torch.log1p(-rates)[:, None] * n).exp()
+        return mixture, -torch.nn.functional.pad(rest, (0, 1)).diff(), misfit.sqrt().item()
+
+    @torch.no_grad()
+    def _read(self, decay, debias):
+        """This rank's slice of an average, [P] in float64; changes nothing."""
+        spec = parse_decay(decay)
+        if debias and spec in self._loaded:
+            raise ValueError(f"no debiasing of {spec}: it was loaded, without its initial weights")
+        mixture, latest, _ = self._fit(spec)
+        reached = torch.nn.functional.pad(self._reached(), (0, 1))  # [K, m + 1]
+        recent = torch.zeros(self.block + 1, dtype=torch.float64)
+        recent[1 : self._pending + 1] = -mixture @ reached.diff()
+        recent[1 + (self.step - 1 - torch.arange(len(latest))) % self.block] += latest
+        scale = 1 / (1 - self.init_share(spec)) if debias and self.step else 1.0
+        bank, recent = scale * mixture * (1 - reached[:, 0]), scale * recent
+        total = self._initial.double() * (1 - recent.sum().item())
+        for coefficients, rows in ((bank, self._bank), (recent, self._recent)):
+            for k in coefficients.nonzero().flatten().tolist():
+                total.add_(rows[k], alpha=coefficients[k].item())
+        return total
+
+    def weights(self, decay, debias=False):
+        """The averages (float32) and the present buffers, named as in the bare model's state_dict.
+
+        decay: a tracked one, or any within the ladder's range (see `error_bound`). debias takes
+        the initial weights out: θ_0 + d / (1 - c), see `init_share`.
+        """
+        if self._fingerprint() != self._seen:
+            self._bind()
+        flat = self._gather(self._read(decay, debias).float())
+        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
+        pairs = zip(self._parameters, parts)
+        averages = {id(p): part.view(p.shape).to(p.device) for p, part in pairs}
+        live = self._live()
+        return {k: averages[id(v)] if id(v) in averages else v.clone() for k, v in live.items()}
+
+    def init_share(self, decay):
+        """c = Π_t β_t in [0, 1]: the weight that the average still gives to the initial weights."""
+        return self._survival(parse_decay(decay))[-1].item()
+
+    @torch.no_grad()
+    def error_bound(self, decay):
+        """Bound on the Euclidean error that reading out an untracked decay adds; 0.0 if tracked.
+
+        ‖R‖ (Σ_t ‖θ_t - θ_{t-1}‖²)^½, plus the float32 rounding (taken as 2^-20 of each row) that
+        the mixture passes on. The cast of the result to float32 comes on top, as for any decay.
+        For a debiased read-out divide by 1 - init_share.
+        """
+        mixture, _, misfit = self._fit(parse_decay(decay))
+        pending = self._recent[: self._pending + 1]
+        path = self._path + (pending[1:] - pending[:-1]).double().square().sum()
+        rows = torch.linalg.vector_norm(self._bank, dim=1, dtype=torch.float64).square()
+        path, *rows = self._sum(torch.cat([path[None], rows])).sqrt().tolist()
+        rounding = sum(abs(a) * row for a, row in zip(mixture.tolist(), rows)) * 2**-20
+        return misfit * path * (1 + 1e-5) + rounding if misfit else 0.0  # the path is float32 too
+
+    @contextlib.contextmanager
+    def applied(self, decay, debias=False):
+        """Inside, the model has the averaged weights; after, its own again, with its buffers."""
+        if self._swapped:
+            raise RuntimeError("applied() inside applied(): the model already holds averages")
+        weights = self.weights(decay, debias)
+        live = self._live()
+        own = {name: value.detach().clone() for name, value in live.items()}
+
+        @torch.no_grad()
+        def swap(values):
+            for name, value in live.items():
+                value.copy_(values[name])
+
+        self._swapped = True
+        try:
+            swap(weights)
+            yield self.model
+        finally:
+            swap(own)
+            self._swapped = False
+
+    @torch.no_grad()
+    def card(self, decay, batch_size=None):
+        """What a decay means at the present step, as plain numbers.
+
+        decay β_t; horizon 1 / (1 - β_t); half_life_steps ln 2 / -ln β_t, half_life_images if
+        batch_size is given; with w the normalised weights of θ_1 … θ_t: sigma_rel, the standard
+        deviation of their age over t, and effective_steps 1 / Σ w²; init_share; stalls_in_place:
+        e += (1 - β_t) (θ_t - e) in float32 would leave most elements as they are.
+        """
+        spec = parse_decay(decay)
+        survival = self._survival(spec)
+        steps = max(len(survival) - 1, 1)
+        rate = decay_rates(spec, torch.tensor(steps, dtype=torch.float64))
+        share, age = -survival.diff(), torch.arange(len(survival) - 1, dtype=torch.float64)
+        share /= share.sum()
+        variance = (share @ age.square() - (share @ age).square()).clamp(min=0)
+        average, latest = self._read(spec, False).float(), self._recent[self._pending]
+        apart = average != latest
+        stuck = apart & (average + rate.item() * (latest - average) == average)
+        stuck, apart = self._sum(torch.stack([stuck.sum(), apart.sum()])).tolist()
+        half_life = (math.log(2) / -torch.log1p(-rate)).item()
+        return {
+            "decay": 1 - rate.item(),
+            "horizon": 1 / rate.item(),
+            "half_life_steps": half_life,
+            **({"half_life_images": half_life * batch_size} if batch_size else {}),
+            "sigma_rel": variance.sqrt().item() / steps,
+            "effective_steps": 1 / share.square().sum().item() if self.step else 0.0,
+            "init_share": survival[-1].item(),
+            "stalls_in_place": stuck > apart / 2,
+        }
+
+    def state_dict(self):
+        """All that an uninterrupted run knows: tensors, numbers, texts and containers of them."""
+        if self._swapped:
+            raise RuntimeError("state_dict() inside applied(): the model holds averaged weights")
+        return {
+            "step": self.step,
+            "decays": list(self.decays),
+            "ladder": [float(decay) for decay in self._ladder],
+            "block": self.block,
+            "pending": self._pending,
+            "loaded": dict(self._loaded),
+            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
+            "path": self._sum(self._path.clone()).item(),
+            "initial": self._gather(self._initial),  # [P]
+            "bank": torch.stack([self._gather(row) for row in self._bank]),  # [K, P]
+            "recent": torch.stack([self._gather(row) for row in self._recent]),  # [block + 1, P]
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Goes on from a saved state, with its decays, ladder and block.
+
+        ValueError if the parameters differ, or if a decay asked for here is not in the state.
+        """
+        self._match({name: tuple(shape) for name, shape in state["shapes"].items()}, "the state")
+        has = [*state["decays"], *map(parse_decay, state["ladder"])]
+        if missing := [spec for spec in self.decays if spec not in has]:
+            raise ValueError(f"the state has no decay {missing[0]}; it has {', '.join(has)}")
+        rows = state["decays"], state["ladder"], state["block"]
+        self.__init__(self.model, *rows, device=self._bank.device)
+        self.step, self._pending = state["step"], state["pending"]
+        self._loaded = dict(state["loaded"])
+        sizes = [math.prod(shape) for shape in state["shapes"].values()]
+        places = dict(zip(state["shapes"], torch.arange(self._total).split(sizes)))
+        columns = torch.cat([places[name] for name in self._shapes])[self._slice]
+        for name in ("initial", "bank", "recent"):
+            saved = state[name].cpu()[..., columns]
+            getattr(self, f"_{name}").copy_(saved)
+        self._path.fill_(state["path"] if self._rank == 0 else 0.0)
+
+    @torch.no_grad()
+    def load_average(self, decay, state_dict, step):
+        """Starts a tracked decay from averages (name -> tensor) saved elsewhere at `step`.
+
+        Its schedule goes on at `step`. The initial weights behind it are unknown: this row cannot
+        be debiased, and read-outs of other decays leave it out.
+        """
+        spec = parse_decay(decay)
+        if spec not in self._rows:
+            raise ValueError(f"decay {spec} is not tracked; tracked: {', '.join(self._rows)}")
+        given = {bare_name(name): torch.as_tensor(value) for name, value in state_dict.items()}
+        names, found = dict(zip(map(id, self._parameters), self._shapes)), {}
+        for name, value in self._live().items():
+            if name in given:
+                found[names.get(id(value))] = given.pop(name)
+        found.pop(None, None)  # the buffers
+        shapes = {name: tuple(value.shape) for name, value in {**given, **found}.items()}
+        self._match(shapes, "the average to load")
+        flat = torch.cat([found[name].reshape(-1).to(self._initial) for name in self._shapes])
+        self._bank[self._rows.index(spec)] = flat[self._slice] - self._initial
+        self._loaded[spec] = [self.step, int(step)]
+# ==================================================================================================
+# Noise schedules, objectives and samplers
+# ==================================================================================================
+
+import math  # noqa: F811  (every part carries its own imports)
+
+import torch
+
+
+class Diffusion:
+    """The path x_t = alpha_t x0 + sigma_t eps, what a network learns on it, and how to walk it back.
+
+    schedule    "linear": Ho et al. 2020 (arXiv:2006.11239), section 4; alpha² is its `alphas_cumprod`
+                "cosine": Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17
+                "flow":   the straight path x_t = (1 - s) x0 + s eps of flow matching (as in SiT,
+                          arXiv:2401.08740), on the midpoints s = (t + 1/2) / num_steps
+    objective   what the network predicts: "eps" the noise; "x0" the data; "v" the velocity
+                v = alpha' x0 + sigma' eps. The derivative is taken along the angle of (alpha, sigma)
+                for linear and cosine, v = alpha eps - sigma x0 (Salimans & Ho 2022,
+                arXiv:2202.00512), and along s for flow, v = eps - x0.
+    num_steps   T. In code t runs from 0, the least noise, to T - 1; the papers' t is one more.
+
+    `network(x_t, t)` is any callable: x_t [B, ...], t [B] int64 -> [B, ...].
+    """
+
+    SCHEDULES, OBJECTIVES = ("linear", "cosine", "flow"), ("eps", "x0", "v")
+
+    def __init__(self, schedule="cosine", objective="v", num_steps=1000):
+        if schedule not in self.SCHEDULES or objective not in self.OBJECTIVES or num_steps < 1:
+            raise ValueError(f"schedule is one of {self.SCHEDULES}, objective one of "
+                             f"{self.OBJECTIVES}, num_steps 1 or more")
+        self.objective, self.num_steps = objective, num_steps
+        grid = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps  # [T + 1]
+        if schedule == "flow":
+            sigma = (grid[:-1] + grid[1:]) / 2
+            alpha = 1 - sigma
+            velocity = -torch.ones_like(alpha), torch.ones_like(sigma)
+        else:
+            if schedule == "linear":
+                beta = torch.linspace(0.1, 20, num_steps, dtype=torch.float64) / num_steps
+            else:
+                f = torch.cos((grid + 0.008) / 1.008 * math.pi / 2) ** 2
+                beta = 1 - f[1:] / f[:-1]
+            alphas_cumprod = torch.cumprod(1 - beta.clamp(max=0.999), dim=0)
+            alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+            velocity = -sigma, alpha
+        # The determinant alpha sigma' - sigma alpha' is 1 on every path here: `predict` needs that.
+        self.path = torch.stack([alpha, sigma, *velocity])  # [4, T] float64: alpha, sigma, and '
+
+    def at(self, t, x):
+        """alpha, sigma, alpha', sigma' at times t [B], each [B, 1, ...] to multiply x [B, ...]."""
+        rows = self.path.to(x)[:, t.to(x.device)]  # [4, B]
+        return rows.view(4, -1, *[1] * (x.dim() - 1))
+
+    def add_noise(self, x0, t, eps):
+        """x_t of q(x_t | x0): eq. 4 of DDPM."""
+        alpha, sigma, _, _ = self.at(t, x0)
+        return alpha * x0 + sigma * eps
+
+    def target(self, x0, t, eps):
+        """What the network is to predict at x_t."""
+        _, _, d_alpha, d_sigma = self.at(t, x0)
+        return {"x0": x0, "eps": eps, "v": d_alpha * x0 + d_sigma * eps}[self.objective]
+
+    def predict(self, output, x_t, t):
+        """(x0_hat, eps_hat, v_hat) from the network's output: the three say the same."""
+        alpha, sigma, d_alpha, d_sigma = self.at(t, x_t)
+        if self.objective == "x0":
+            x0_hat, eps_hat = output, (x_t - alpha * output) / sigma
+        elif self.objective == "eps":
+            x0_hat, eps_hat = (x_t - sigma * output) / alpha, output
+        else:
+            return d_sigma * x_t - sigma * output, alpha * output - d_alpha * x_t, output
+        return x0_hat, eps_hat, d_alpha * x0_hat + d_sigma * eps_hat
+
+    def loss(self, network, x0, t, eps):
+        """Squared error of the prediction, mean over each image's values: [B], float32.
+
+        The error of x0 is measured as the error of v that it causes, 1 / sigma² times as large
+        (JiT, Li & He 2025, arXiv:2511.13720), with sigma at least 0.05 as there.
+        """
+        output = network(self.add_noise(x0, t, eps), t)
+        error = (output.float() - self.target(x0, t, eps)).square().flatten(1).mean(1)  # [B]
+        if self.objective == "x0":
+            error = error / self.path[1].to(error)[t].clamp(min=0.05).square()
+        return error
+
+    @torch.no_grad()
+    def sample(self, network, x, num_steps, eta=0.0, order=1, clip=None, generator=None):
+        """Walk from noise x [B, ...] at t = T - 1 to data; yield (t, x_t, x0_hat), data at t = -1.
+
+        eta=0, order=1   DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12); on the flow path it is
+                         Euler's method
+        eta=1, order=1   DDPM's ancestral sampler (eq. 6 and 7), also with fewer steps than T
+        eta=0, order=2   DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2)
+        clip             bound on |x0_hat|: 1 for images in [-1, 1], None for no bound
+        generator        of the noise that eta > 0 adds
+
+        From t to s < t all three take x_s = c x_t + (alpha_s - c alpha_t) D + nu z: nu is the noise
+        added, c the share of the old noise that is kept, D is x0_hat, extrapolated in the log
+        signal-to-noise ratio at order 2. Few steps are spaced quadratically, as in DDIM, appendix
+        D.2: evenly spaced, their last ones would be too long.
+        """
+        if not 1 <= num_steps <= self.num_steps or order not in (1, 2) or (order == 2 and eta):
+            raise ValueError(f"num_steps is 1 to {self.num_steps}, order 1 or 2, eta 0 at order 2")
+        u = torch.linspace(1, 0, num_steps, dtype=torch.float64)
+        times = ((self.num_steps - 1) * u.square()).round().long()
+        times = times.maximum(torch.arange(num_steps).flip(0)).tolist()  # each t at most once
+        levels = [self.path[:2, t].tolist() for t in times] + [[1.0, 0.0]]  # (alpha, sigma)
+        last = None  # x0_hat and the step in log(alpha / sigma) of the step before
+        for t, (alpha, sigma), (alpha_s, sigma_s) in zip(times, levels, levels[1:]):
+            at = torch.full((len(x),), t, device=x.device)
+            x0_hat = self.predict(network(x, at).to(x.dtype), x, at)[0]
+            x0_hat = x0_hat if clip is None else x0_hat.clamp(-clip, clip)
+            yield t, x, x0_hat
+            direction = x0_hat
+            if order == 2 and sigma_s:
+                h = math.log(alpha_s / sigma_s) - math.log(alpha / sigma)
+                if last is not None:
+                    direction = x0_hat + (x0_hat - last[0]) * (h / (2 * last[1]))
+                last = x0_hat, h
+            variance = sigma**2 - (alpha / alpha_s * sigma_s) ** 2  # of q(x_t | x_s)
+            nu = eta * sigma_s / sigma * math.sqrt(variance)
+            c = math.sqrt(sigma_s**2 - nu**2) / sigma
+            x = c * x + (alpha_s - c * alpha) * direction
+            if nu:
+                x = x + nu * torch.randn(x.shape, generator=generator, device=x.device)
+        yield -1, x, x
+
+
+# ==================================================================================================
+# UNet
+# ==================================================================================================
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def norm(channels):
+    """Group normalisation in groups of at least four channels, at most 32 groups."""
+    num_groups = next(g for g in range(min(32, max(channels // 4, 1)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(num_groups, channels, eps=1e-6)
+
+
+def zero(layer):
+    """Start a layer at zero, so that its residual branch starts as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """h + conv(silu(norm(conv(silu(norm(h)))))), told the time between the two convolutions."""
+
+    def __init__(self, in_channels, out_channels, time_channels, scale_shift, dropout):
+        super().__init__()
+        self.norm1 = norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.scale_shift = scale_shift
+
+    def forward(self, x, time):
+        h = self.conv1(F.silu(self.norm1(x)))  # [B, out, H, W]
+        time = self.time(time)[:, :, None, None]  # [B, out or 2 out, 1, 1]
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + time)
+        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the H W positions, with a residual connection."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, H W, 3 C]
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=2))  # [B, H W, C]
+        return x + self.out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling of height and width, then a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """The network of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B).
+
+    channels      image channels, in and out
+    width         channels at full resolution; level i has width * multipliers[i]
+    multipliers   one per level; each further level halves height and width
+    num_blocks    residual blocks a level on the way down (one more on the way up)
+    attention     the levels whose blocks are followed by self-attention
+    scale_shift   time scales and shifts the normalised features (Nichol & Dhariwal 2021);
+                  False: it is added before the normalisation, as in DDPM
+    dropout       probability, inside residual blocks
+
+    forward(x [B, C, H, W], t [B]) -> [B, C, H, W]; H and W divisible by 2^(levels - 1); t is on
+    the scale 0..1000. ValueError where shapes do not fit.
+    """
+
+    def __init__(self, channels=1, width=16, multipliers=(1, 2, 4), num_blocks=1, attention=(2,),
+                 scale_shift=True, dropout=0.0):
+        super().__init__()
+        self.channels, self.width, self.stride = channels, width, 2 ** (len(multipliers) - 1)
+        time = 4 * width
+        self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
+
+        def block(c_in, c_out, attend):
+            res = ResBlock(c_in, c_out, time, scale_shift, dropout)
+            return nn.ModuleList([res, Attention(c_out)] if attend else [res])
+
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [width], width
+        for level, multiplier in enumerate(multipliers):
+            if level:
+                self.down.append(nn.ModuleList([nn.Conv2d(c, c, 3, stride=2, padding=1)]))
+                skips.append(c)
+            for _ in range(num_blocks):
+                self.down.append(block(c, width * multiplier, level in attention))
+                c = width * multiplier
+                skips.append(c)
+        self.middle = nn.ModuleList([*block(c, c, True), *block(c, c, False)])
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(num_blocks + 1):
+                self.up.append(block(c + skips.pop(), width * multiplier, level in attention))
+                c = width * multiplier
+            if level:
+                self.up[-1].append(Upsample(c))
+        self.head = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, channels, 3, padding=1)))
+
+    def forward(self, x, t):
+        B, C, H, W = x.shape
+        if C != self.channels or H % self.stride or W % self.stride or t.shape != (B,):
+            raise ValueError(f"UNet takes x [B, {self.channels}, H, W] with H and W divisible by "
+                             f"{self.stride} and t [B]; got {list(x.shape)} and {list(t.shape)}")
+        half = self.width // 2
+        frequency = 10_000 ** -(torch.arange(half, device=x.device) / half)  # [width / 2]
+        angle = t.float()[:, None] * frequency  # [B, width / 2]
+        time = F.silu(self.time(torch.cat([angle.sin(), angle.cos()], dim=1)))  # [B, 4 width]
+
+        def run(layers, h):
+            for layer in layers:
+                h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)
+            return h
+
+        h = self.stem(x)  # [B, width, H, W]
+        skips = [h]
+        for layers in self.down:
+            h = run(layers, h)
+            skips.append(h)
+        h = run(self.middle, h)
+        for layers in self.up:
+            h = run(layers, torch.cat([h, skips.pop()], dim=1))
+        return self.head(h)  # [B, C, H, W]
+
+
+# ==================================================================================================
+# Data
+# ==================================================================================================
+
+import argparse
+import copy
+import csv
+import gzip
+import hashlib
+import http.client
+import json
+import os
+import signal
+import struct
+import sys
+import tarfile
+import time
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+
+GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # from the most to the least frequent
+
+DOWNLOADS = {  # name: (address, {file: md5})
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432"}),
+    "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe"}),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
+        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+}
+
+
+class Dataset:
+    """Images with, where known, the mode of each.
+
+    images   [N, C, H, W], uint8 of any picture or float32 of any latent or representation
+    labels   [N] int64, or None
+    names    what each label stands for
+    x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats to mean 0 and standard
+             deviation 1 in each channel
+    """
+
+    def __init__(self, images, labels=None, names=None):
+        images = torch.from_numpy(np.ascontiguousarray(images))
+        if images.dim() != 4 or 0 in images.shape:
+            raise ValueError(f"images have shape {list(images.shape)}; needed is [N, C, H, W] or "
+                             "[N, H, W, C], none of them 0")
+        if len(images) < 10:
+            raise ValueError(f"{len(images)} images are too few to train on; 10 is the least")
+        if images.dtype == torch.uint8:
+            self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)
+        else:
+            images = images.float()
+            if not images.isfinite().all():
+                raise ValueError("the data hold NaN or infinite values; all must be finite")
+            self.shift = images.mean(dim=(0, 2, 3))[:, None, None]  # [C, 1, 1]
+            self.scale = images.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
+        if labels is not None:
+            labels = np.asarray(labels)
+            if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+                raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
+                                 f"integer for each of the {len(images)} images")
+            values, labels = np.unique(labels, return_inverse=True)
+            labels = torch.from_numpy(labels)
+            names = [str(v) if names is None else names[v] for v in values]
+        self.images, self.labels, self.names = images, labels, names
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def device(self):
+        return self.images.device
+
+    @property
+    def is_pictures(self):
+        return self.images.dtype == torch.uint8
+
+    @property
+    def turns(self):
+        """Quarter turns that leave the shape as it is: the classes of data without labels."""
+        return [0, 1, 2, 3] if self.images.shape[2] == self.images.shape[3] else [0, 2]
+
+    @property
+    def num_classes(self):
+        return len(self.turns) if self.labels is None else len(self.names)
+
+    def x0(self, index):
+        x0 = (self.images[index].float() - self.shift) / self.scale  # [B, C, H, W]
+        return x0.contiguous(memory_format=torch.channels_last)
+
+    def round(self, x0):
+        """What x0 becomes when it is stored as an image: floats stay as they are."""
+        return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
+
+    def split(self):
+        """(training, held-out): a fifth of the images, at most 4,096, the same in every run."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        parts = []
+        for index in (order[min(len(self) // 5, 4096):], order[:min(len(self) // 5, 4096)]):
+            part = copy.copy(self)  # shift and scale stay those of all images
+            part.images = self.images[index]
+            part.labels = None if self.labels is None else self.labels[index]
+            parts.append(part)
+        return parts
+
+    def to(self, device):
+        for name in ("images", "labels", "shift", "scale"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+        return self
+
+
+def draw_glyphs(num_images, seed=0):
+    """Characters in random DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
+
+    Returns images [N, 1, 16, 16] uint8, white on black, and labels [N]: positions in GLYPHS.
+    """
+    rng = np.random.default_rng(seed)
+    share = 1 / np.arange(1, len(GLYPHS) + 1)  # Zipf's law
+    labels = rng.choice(len(GLYPHS), num_images, p=share / share.sum())
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    faces = [FT2Font(str(folder / f"DejaVu{name}.ttf")) for name in (
+        "Sans", "Sans-Bold", "Serif")]
+    canvas = np.zeros((num_images, 32, 32), np.float32)  # twice the final resolution
+    for i, label in enumerate(labels):
+        face = faces[rng.integers(len(faces))]
+        face.set_size(28 * rng.uniform(0.94, 1.06), 72)
+        face.set_text(GLYPHS[label], rng.normal(0, 3))
+        face.draw_glyphs_to_bitmap()
+        glyph = face.get_image()[:32, :32]  # [h, w] uint8
+        h, w = glyph.shape
+        top = np.clip(round((32 - h) / 2 + rng.uniform(-1.5, 1.5)), 0, 32 - h)
+        left = np.clip(round((32 - w) / 2 + rng.uniform(-1.5, 1.5)), 0, 32 - w)
+        canvas[i, top:top + h, left:left + w] = glyph
+    images = canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5))
+    return images.round().astype(np.uint8), labels
+
+
+def show(text, keep=True):
+    """One live line on a terminal, which stays if `keep`; elsewhere only the lines that stay."""
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
+    elif keep:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary path, which takes the place of `path` when all went well."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    yield temporary
+    temporary.replace(path)
+
+
+def download(address, path, md5):
+    """Fetch a file to `path`, going on where an earlier attempt stopped; OSError on any failure."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            have = have if reply.status == 206 else 0  # a server that ignores Range starts anew
+            total = have + int(reply.headers.get("Content-Length", 0))
+            with open(part, "ab" if have else "wb") as file:
+                while chunk := reply.read(1 << 20):
+                    have += file.write(chunk)
+                    show(f"downloading {path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB",
+                         keep=have == total)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"download of {address} failed ({error}); the same command continues it, "
+                      f"or put the file at {path}") from error
+    if have < total:
+        raise OSError(f"{address} broke off at {have} of {total} bytes; the same command "
+                      "continues it")
+    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+        part.unlink()
+        raise OSError(f"{address} does not have the expected MD5 {md5}; deleted, try again")
+    part.replace(path)
+
+
+def read_idx(path):
+    """An array from a file of the MNIST format, gzipped or not."""
+    data = path.read_bytes()
+    try:
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        shape = struct.unpack_from(f">{data[3]}I", data, 4)
+        array = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    except (OSError, EOFError, zlib.error, IndexError, struct.error, ValueError):
+        array = None
+    if array is None or data[:3] != b"\0\0\x08":
+        raise ValueError(f"{path} is not a whole idx file of unsigned bytes")
+    return array
+
+
+def read_idx_folder(files):
+    """The training pair of the folder, where it has one, else all pairs."""
+    files = [f for f in files if f.name.startswith("train")] or files
+    images, labels = [], []
+    for path in files:
+        images.append(read_idx(path))
+        twin = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+        if twin != path and twin.exists():
+            labels.append(read_idx(twin))
+    if len({a.shape[1:] for a in images}) > 1 or images[0].ndim != 3:
+        raise ValueError(f"{files[0].parent}: image files of unequal or unknown size: "
+                         f"{sorted({a.shape for a in images})}")
+    return np.concatenate(images)[:, None], np.concatenate(labels) if labels else None, None
+
+
+def read_image_folder(folder, files):
+    """Images of one size; the classes are the sub-folders, where there are any."""
+    images = []
+    for path in files:
+        try:
+            image = matplotlib.image.imread(path)  # [H, W] or [H, W, C]; floats from PNG
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable image: {error}") from error
+        if image.dtype.kind == "f":
+            image = (image * 255).round()
+        elif image.dtype == np.uint16:
+            image = image // 257
+        image = image.astype(np.uint8).reshape(*image.shape[:2], -1)
+        images.append(image[:, :, :1 if image.shape[2] == 2 else 3])  # no transparency
+        if image.shape[:2] != images[0].shape[:2]:
+            raise ValueError(f"{path} is {image.shape[1]}x{image.shape[0]}, {files[0]} is "
+                             f"{images[0].shape[1]}x{images[0].shape[0]}; all must have one size")
+    channels = max(i.shape[2] for i in images)  # a grey image among colour images becomes colour
+    images = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
+    classes = [str(f.parent.relative_to(folder)) for f in files]
+    names = sorted(set(classes))
+    labels = np.array([names.index(c) for c in classes]) if len(names) > 1 else None
+    return images.transpose(0, 3, 1, 2), labels, names
+
+
+def read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in ("images", "labels") if k in file}
+        images = arrays["images"]
+    except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not an .npz file with an array `images`: {error}") from error
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise ValueError(f"{path}: images are {images.dtype}; allowed are uint8 and floats")
+    if images.ndim == 4 and images.shape[1] > images.shape[3]:  # channels are the shorter axis
+        images = images.transpose(0, 3, 1, 2)
+    return images, arrays.get("labels"), None
+
+
+def load_data(source):
+    """The Dataset behind --data; ValueError or OSError with one clear line where there is none."""
+    path = Path(source)
+    if source == "glyphs":
+        return Dataset(*draw_glyphs(24_096), names=list(GLYPHS))
+    if source in DOWNLOADS:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", source)
+        address, files = DOWNLOADS[source]
+        for name, md5 in files.items():
+            download(address + name, cache / name, md5)
+        if source == "cifar10":
+            with tarfile.open(cache / name) as tar:
+                batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
+                           for i in range(1, 6)]
+            records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
+            return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
+        path = cache
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file())
+        idx = [f for f in files if "idx3" in f.name]
+        pictures = [f for f in files if f.suffix.lower() in
+                    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")]
+        if not idx and not pictures:
+            raise ValueError(f"{path} holds neither idx files nor images")
+        return Dataset(*(read_idx_folder(idx) if idx else read_image_folder(path, pictures)))
+    if path.is_file() and path.suffix == ".npz":
+        return Dataset(*read_npz(path))
+    raise ValueError(f"{source} is no data; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder "
+                     "of idx files or of images, and an .npz file")
+
+
+# ==================================================================================================
+# Metrics
+# ==================================================================================================
+
+class Classifier(nn.Module):
+    """A small network trained on the data set's own labels; its 64 features are the metric space.
+
+    forward(x [B, C, H, W]) -> features [B, 64], class probabilities [B, K]
+    """
+
+    def __init__(self, channels, num_classes):
+        super().__init__()
+        layers, c = [], channels
+        for width, stride in ((32, 1), (64, 2), (128, 2)):
+            layers += [nn.Conv2d(c, width, 3, stride, 1), norm(width), nn.ReLU()]
+            c = width
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+                                      nn.Linear(4 * c, 64), nn.ReLU())
+        self.logits = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        features = self.features(x)
+        return features, self.logits(features).softmax(1)
+
+
+@torch.enable_grad()
+def train_classifier(net, data, held_out, num_steps=500, batch_size=128):
+    """Train it on data; return its accuracy on held_out. The same for every seed and method.
+
+    Classes are drawn equally often, so that rare ones are read as well as frequent ones. Where
+    there are no labels it learns by how many quarter turns an image was rotated.
+    """
+    def batch(data, index):
+        x0 = data.x0(index)
+        if data.labels is not None:
+            return x0, data.labels[index]
+        label = torch.arange(len(index), device=data.device) % len(data.turns)
+        return torch.stack([x.rot90(data.turns[k], (1, 2)) for x, k in zip(x0, label)]), label
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in net.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        weight = torch.ones(len(data))
+        if data.labels is not None:
+            weight = 1 / data.labels.cpu().bincount()[data.labels.cpu()]
+        order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
+    optimizer = torch.optim.Adam(net.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
+    for index in order.to(data.device).split(batch_size):
+        x0, label = batch(data, index)
+        optimizer.zero_grad()
+        F.cross_entropy(net.logits(net.features(x0)), label).backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        correct = [net(x0)[1].argmax(1) == label for x0, label in (
+            batch(held_out, i) for i in torch.arange(len(held_out), device=data.device).split(512))]
+    return torch.cat(correct).double().mean().item()
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|mean1 - mean2|² + tr(cov1 + cov2 - 2 (cov1 cov2)^½) of two Gaussians, float64 [D], [D, D].
+
+    Heusel et al. 2017 (arXiv:1706.08500, eq. 6). The root's trace is that of the symmetric
+    (cov1^½ cov2 cov1^½)^½, whose eigenvalues are real, also where a covariance is singular.
+    """
+    values, vectors = torch.linalg.eigh(cov1)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
+    return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
+
+
+def moments(features):
+    """Mean [D] and covariance [D, D] of features [N, D], float64, a few thousand rows at a time."""
+    mean = sum(f.double().sum(0) for f in features.split(4096)) / len(features)
+    square = sum((f := chunk.double() - mean).T @ f for chunk in features.split(4096))
+    return mean, square / max(len(features) - 1, 1)
+
+
+def manifold_share(features, reference, k=3):
+    """Which rows of features [N, D] lie within the k-nearest-neighbour balls of reference [M, D].
+
+    Kynkäänniemi et al. 2019 (arXiv:1904.06991, eq. 1): the mean of the answer is precision for
+    (samples, real) and recall for (real, samples). Works in tiles: memory is O(N + M).
+    """
+    tiles = reference.split(1024)
+    radii = []
+    for tile in tiles:  # k + 1: a point is its own nearest neighbour
+        nearest = [torch.cdist(tile, other).topk(min(k + 1, len(other)), largest=False).values
+                   for other in tiles]
+        radii.append(torch.cat(nearest, 1).sort(1).values[:, k])
+    inside = [torch.stack([(torch.cdist(rows, tile) <= r).any(1) for tile, r in zip(tiles, radii)])
+              for rows in features.split(1024)]
+    return torch.cat([i.any(0) for i in inside])  # [N] bool
+
+
+def measure(features, probs, real, num_bootstrap=20):
+    """Every metric of samples with features [N, D] and class probabilities [N, K], and its spread.
+
+    `real` holds what they are compared with: `moments`, `features` [M, D] and, where the modes
+    are known, their true `shares` [K]. Spreads are standard deviations over bootstrap resamples.
+    """
+    modes, confident = probs.argmax(1), (probs.amax(1) > 0.9).double()
+    precise = manifold_share(features, real["features"]).double()
+    recalled = manifold_share(real["features"], features).double()
+
+    def metrics(i, j):
+        p = probs[i].double()
+        entropy = (p * (p.clamp(min=1e-12).log() - p.mean(0).clamp(min=1e-12).log())).sum(1)
+        out = {"fd": frechet_distance(*moments(features[i]), *real["moments"]),
+               "is": entropy.mean().exp().item(),
+               "precision": precise[i].mean().item(), "recall": recalled[j].mean().item(),
+               "legible": confident[i].mean().item()}
+        if (true := real["shares"]) is not None:
+            share = modes[i].bincount(minlength=len(true)).double() / len(i)
+            rare = true.argsort(descending=True)[len(true) // 2:]
+            out |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
+                    "covered_modes": (share > true / 4).sum().item(),
+                    "tv": ((share - true).abs().sum() / 2).item()}
+        return out
+
+    n, m, device = len(features), len(recalled), features.device
+    row = metrics(torch.arange(n, device=device), torch.arange(m, device=device))
+    generator = torch.Generator(device).manual_seed(0)
+    draws = [metrics(*(torch.randint(size, (size,), device=device, generator=generator)
+                       for size in (n, m))) for _ in range(num_bootstrap)]
+    return row | {f"{k}_sd": np.std([d[k] for d in draws], ddof=1).item() for k in row}
+
+
+# ==================================================================================================
+# Training and evaluation
+# ==================================================================================================
+
+METRICS = ("fd", "fid", "is", "precision", "recall", "tail_share", "covered_modes", "tv", "legible")
+SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
+
+
+class Weights(NamedTuple):
+    """One row of every table: `kind` is raw, ema or real; decay is "" but for ema."""
+
+    kind: str
+    decay: str = ""
+    debias: bool = False
+
+    def __str__(self):
+        return (self.decay or self.kind) + (" debiased" if self.debias else "")
+
+    def on(self, ema):
+        """The model has these weights inside the with block."""
+        if self.kind == "ema":
+            return ema.applied(self.decay, self.debias)
+        return contextlib.nullcontext()
+
+
+def raw_and_ema(decays):
+    return [Weights("raw"), *(Weights("ema", d, debias) for d in decays for debias in (False, True))]
+
+
+def seed_of(*numbers):
+    """A 32-bit seed; different numbers give independent streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def load_checkpoint(path):
+    with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if {"args", "step", "model", "optimizer", "ema", "running"} == set(checkpoint):
+            return checkpoint
+    raise ValueError(f"{path} is not a checkpoint of this program; delete it or choose another "
+                     "--out")
+
+
+def stage_path(out, step, last_step):
+    return out / ("checkpoint.pt" if step == last_step else f"checkpoint-{step}.pt")
+
+
+def read_log(out):
+    """The lines of metrics.jsonl; one that an interruption tore is left out."""
+    lines, path = [], out / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+@torch.no_grad()
+def held_out_loss(network, diffusion, data, num_images=256):
+    """Mean loss on fixed images, noise and times spread evenly over 0..T-1, equal in all rows."""
+    x0 = data.x0(torch.arange(min(num_images, len(data)), device=data.device))
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
+    t = torch.linspace(0, diffusion.num_steps - 1, len(x0), device=x0.device).round().long()
+    return diffusion.loss(network, x0, t, eps).mean().item()
+
+
+def train(args, start, running, model, network, diffusion, ema, optimizer, data, held_out):
+    """The loop: first log and save, then train, so that the last step is no special case.
+
+    Everything random is a function of (seed, step), so a run that was interrupted ends with the
+    same bits as one that was not. Returns False if a signal stopped it, after saving.
+    `running` [3]: loss, gradient norm and their count since the last line of the log; they are
+    read off the device only there.
+    """
+    log = [json.dumps(line) + "\n" for line in read_log(args.out) if line["step"] < start]
+    with replacing(args.out / "metrics.jsonl") as path:
+        path.write_text("".join(log))
+    signals = []
+    handlers = {s: signal.signal(s, lambda number, _: signals.append(number))
+                for s in (signal.SIGINT, signal.SIGTERM)}
+    tick, tick_step = time.perf_counter(), start
+
+    for step in range(start, args.steps + 1):
+        if step % args.log_every == 0 or step == args.steps:
+            loss, norm, count = running.tolist()
+            running.zero_()
+            speed = (step - tick_step) * args.batch_size / (time.perf_counter() - tick)
+            model.eval()
+            held_out_losses = {}
+            for weights in raw_and_ema(args.tracked):
+                with weights.on(ema):
+                    held_out_losses[str(weights)] = held_out_loss(network, diffusion, held_out)
+            model.train()
+            line = {"step": step, "loss": loss / count if count else None,
+                    "images_per_second": speed, "grad_norm": norm / count if count else None,
+                    "held_out_loss": held_out_losses}
+            with open(args.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if count:
+                left = (args.steps - step) * args.batch_size / speed
+                show(f"step {step}/{args.steps}  loss {loss / count:.4f}  {speed:.0f} images/s  "
+                     f"{left / 60:.1f} min left", keep=step == args.steps or not sys.stdout.isatty())
+            tick, tick_step = time.perf_counter(), step
+        if step in args.stage_steps or step % args.save_every == 0 or signals:
+            state = {"args": args.saved, "step": step, "model": model.state_dict(),
+                     "optimizer": optimizer.state_dict(), "ema": ema.state_dict(),
+                     "running": running}
+            is_stage = step in args.stage_steps and not signals
+            with replacing(stage_path(args.out, step, args.steps if is_stage else step)) as path:
+                torch.save(state, path)
+        if signals or step == args.steps:
+            break
+
+        torch.manual_seed(seed_of(args.seed, step))
+        index = torch.randint(len(data), (args.batch_size,), device=data.device)  # [B]
+        t = torch.randint(diffusion.num_steps, (args.batch_size,), device=data.device)  # [B]
+        x0 = data.x0(index)  # [B, C, H, W]
+        if args.flip:
+            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0, x0.flip(3))
+        eps = torch.randn_like(x0)
+        for micro in torch.arange(args.batch_size, device=data.device).chunk(args.accumulate):
+            loss = diffusion.loss(network, x0[micro], t[micro], eps[micro]).sum() / args.batch_size
+            loss.backward()
+            running[0] += loss.detach()
+        running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        running[2] += 1
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / args.warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if signals:
+        show(f"stopped at step {step} of {args.steps}; the same command goes on from here")
+    return not signals
+
+
+@torch.no_grad()
+def draw_samples(args, network, diffusion, data, num_images):
+    """Yields x0 [<=256, C, H, W] until there are num_images; all weights get the same noise."""
+    for first in range(0, num_images, 256):
+        generator = torch.Generator(data.device).manual_seed(seed_of(args.seed, first, 1))
+        shape = min(256, num_images - first), *data.images.shape[1:]
+        noise = torch.randn(shape, generator=generator, device=data.device)
+        noise = noise.contiguous(memory_format=torch.channels_last)
+        for _, _, x0 in diffusion.sample(network, noise, args.sample_steps, generator=generator,
+                                         clip=1.0 if data.is_pictures else None,
+                                         **SAMPLERS[args.sampler]):
+            pass
+        yield data.round(x0)
+
+
+def load_extractor(args, data, held_out):
+    """A function x0 [B, C, H, W] -> features [B, D], class probabilities [B, K].
+
+    The classifier stays in the run's folder, so that rows measured later see the same features.
+    With --features the features are FILE's: TorchScript, given uint8 [B, 3, H, W].
+    """
+    classifier = Classifier(data.images.shape[1], data.num_classes).to(data.device)
+    path = args.out / "classifier.pt"
+    if not path.exists():
+        show("training the classifier whose features the metrics use", keep=False)
+        accuracy = train_classifier(classifier, data, held_out)
+        show(f"classifier: {accuracy:.1%} of held-out images read correctly")
+        with replacing(path) as temporary:
+            torch.save(classifier.state_dict(), temporary)
+    classifier.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
+    classifier.eval()
+    if not args.features:
+        return classifier
+    inception = torch.jit.load(args.features, map_location=data.device).eval()
+    wants = "return_features" in {a.name for a in inception.forward.schema.arguments}
+
+    def extract(x0):
+        images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+        features = inception(images, return_features=True) if wants else inception(images)
+        return features.float(), classifier(x0)[1]
+
+    return extract
+
+
+RESULT_KEY = ("step", "weights", "decay", "debias", "sampler", "sample_steps", "num_samples",
+              "features")
+
+
+def read_results(out):
+    """The rows of results.csv, all values text."""
+    path = out / "results.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_results(out, rows):
+    names = [m for m in METRICS if any(row.get(m) not in (None, "") for row in rows)]
+    columns = [*RESULT_KEY[:4], "init_share", *names, *(f"{n}_sd" for n in names), *RESULT_KEY[4:]]
+    with replacing(out / "results.csv") as path, open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@torch.no_grad()
+def evaluate(args, model, network, diffusion, ema, data, held_out):
+    """Fill results.csv with the rows of every stage and all weights that it does not hold yet."""
+    rows = read_results(args.out)
+    done = {tuple(row[k] for k in RESULT_KEY) for row in rows}
+    settings = args.sampler, str(args.sample_steps), str(args.num_samples), args.features
+    missing = [(step, weights) for step in args.stage_steps
+               for weights in (Weights("real"), *raw_and_ema(args.decay))
+               if (str(step), weights.kind, weights.decay, str(int(weights.debias)), *settings)
+               not in done]
+    if not missing:
+        return rows
+    extract = load_extractor(args, data, held_out)
+
+    def features_of(batches, what):
+        features, probs, count = [], [], 0
+        for x0 in batches:
+            for part, value in zip((features, probs), extract(x0)):
+                part.append(value)
+            count += len(x0)
+            show(f"{what}: {count} images", keep=False)
+        return torch.cat(features), torch.cat(probs)
+
+    def stored(images, count):
+        for index in torch.arange(min(count, len(images)), device=data.device).split(256):
+            yield images.x0(index)
+
+    features, _ = features_of(stored(data, max(args.num_samples, 10_000)), "training images")
+    shares = None
+    if data.labels is not None:
+        shares = data.labels.bincount(minlength=data.num_classes).double() / len(data)
+    real = {"moments": moments(features), "features": features[:args.num_samples], "shares": shares}
+    loaded = None
+    model.eval()
+    for number, (step, weights) in enumerate(missing, 1):
+        if step != loaded:
+            checkpoint = load_checkpoint(stage_path(args.out, step, args.steps))
+            model.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            loaded = step
+
+        with weights.on(ema):
+            batches = (stored(held_out, args.num_samples) if weights.kind == "real" else
+                       draw_samples(args, network, diffusion, data, args.num_samples))
+            what = f"evaluating {number} of {len(missing)}: step {step}, {weights}"
+            metrics = measure(*features_of(batches, what), real)
+        if args.features:
+            metrics = {k.replace("fd", "fid"): v for k, v in metrics.items()}
+        share = ema.init_share(weights.decay) if weights.kind == "ema" else ""
+        row = dict(zip(RESULT_KEY, (step, weights.kind, weights.decay, int(weights.debias),
+                                    *settings)), init_share=share) | metrics
+        rows.append({k: str(v) for k, v in row.items()})
+        write_results(args.out, rows)
+        show(what, keep=not sys.stdout.isatty())
+    return rows
+
+
+def print_table(rows):
+    """results.csv as text; every value with its spread."""
+    names = [m for m in METRICS if any(row.get(m) for row in rows)]
+    print(f"\n{'step':>7}  {'weights':18} {'horizon':>9} {'init share':>10}"
+          + "".join(f"{n.replace('_', ' '):>16}" for n in names))
+    for row in rows:
+        weights = Weights(row["weights"], row["decay"], row["debias"] == "1")
+        horizon = share = "-"
+        if weights.kind == "ema":
+            rate = decay_rates(weights.decay, torch.tensor([float(row["step"])]).double()).item()
+            horizon, share = f"{1 / rate:,.0f}", f"{float(row['init_share']):.2g}"
+        values = "".join(f"{float(row[n]):9.3f} ±{float(row[n + '_sd']):5.3f}" if row.get(n)
+                         else " " * 16 for n in names)
+        print(f"{row['step']:>7}  {weights!s:18} {horizon:>9} {share:>10}{values}")
+
+
+# ==================================================================================================
+# Plots
+# ==================================================================================================
+
+BLUE, ORANGE = "#3b6fb6", "#d9772b"
+
+
+def as_pictures(data, x0):
+    """[N, H, W, 3 or 1] in 0..1; of other channel counts the first, on its own scale."""
+    x0 = x0.cpu().permute(0, 2, 3, 1)  # [N, H, W, C]
+    if data.is_pictures and x0.shape[3] in (1, 3):
+        return ((x0 + 1) / 2).clamp(0, 1)
+    x0 = x0[..., :1]
+    return (x0 - x0.amin()) / (x0.amax() - x0.amin()).clamp(min=1e-6)
+
+
+def plot_samples(args, model, network, diffusion, ema, data):
+    """samples.png: rows of real images, then raw above EMA from the same noise, several times."""
+    weights = [w for w in raw_and_ema(args.decay) if not w.debias]
+    repeats, columns = max(1, 6 // len(weights)), 16
+    model.eval()
+    rows = [("real", data.x0(torch.arange(columns, device=data.device)))]
+    drawn = {}
+    for w in weights:
+        with w.on(ema):
+            drawn[w] = torch.cat([*draw_samples(args, network, diffusion, data, repeats * columns)])
+    for i in range(repeats):
+        rows += [(str(w) if w.kind == "raw" else f"EMA {w}",
+                  drawn[w][i * columns:(i + 1) * columns]) for w in weights]
+    figure = Figure(figsize=(9, 0.56 * len(rows) + 0.4))
+    axes = figure.subplots(len(rows))
+    for i, (axis, (text, x0)) in enumerate(zip(axes, rows)):
+        picture = F.pad(as_pictures(data, x0), (0, 0, 0, 1), value=1.0)  # white between images
+        axis.imshow(picture.transpose(0, 1).flatten(1, 2), cmap="gray", vmin=0, vmax=1,
+                    interpolation="nearest")
+        axis.set_axis_off()
+        axis.text(-0.01, 0.5, text, transform=axis.transAxes, ha="right", va="center",
+                  color=ORANGE if "EMA" in text else "black")
+    figure.suptitle(f"{Path(args.data).stem}, step {args.steps}: real images; below, samples from "
+                    "the same noise", fontsize=11)
+    with replacing(args.out / "samples.png") as path:
+        figure.savefig(path, dpi=160, bbox_inches="tight")
+
+
+def plot_curves(args):
+    """curves.png: training loss and gradient norm; held-out loss of raw and every average."""
+    log = read_log(args.out)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    trained = [line for line in log if line["loss"] is not None]
+    left.plot([x["step"] for x in trained], [x["loss"] for x in trained], color="black")
+    left.set(title="training loss", xlabel="step", ylabel="mean squared error")
+    names = [n for n in log[-1]["held_out_loss"] if n != "raw"]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, max(len(names) // 2, 1)))
+    for i, name in enumerate(names):
+        right.plot([x["step"] for x in log], [x["held_out_loss"].get(name) for x in log],
+                   color=colors[i // 2], ls="--" if name.endswith("debiased") else "-",
+                   label=f"EMA {name}")
+    right.plot([x["step"] for x in log], [x["held_out_loss"]["raw"] for x in log], color=ORANGE,
+               label="raw")
+    right.set(title="held-out loss, fixed images, times and noise", xlabel="step")
+    for axis in (left, right):
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    right.legend(frameon=False)
+    with replacing(args.out / "curves.png") as path:
+        figure.savefig(path, dpi=150)
+
+
+# ==================================================================================================
+# Command line
+# ==================================================================================================
+
+SMALL = {  # minutes on two CPU cores
+    "preset": "small", "data": "glyphs", "decay": ["0.999"], "steps": 3200, "stages": [1.0],
+    "batch_size": 32, "accumulate": 1, "lr": 2e-3, "warmup": 100, "flip": False, "seed": 0,
+    "objective": "v", "schedule": "cosine", "network": {}, "save_every": 500, "log_every": 100,
+    "sampler": "dpm++", "sample_steps": 16, "num_samples": 2048, "features": "", "device": "auto"}
+PRESETS = {
+    "small": SMALL,
+    "cifar10": SMALL | {  # Ho et al. 2020, appendix B
+        "preset": "cifar10", "data": "cifar10", "decay": ["0.9999"], "steps": 800_000,
+        "batch_size": 128, "lr": 2e-4, "warmup": 5000, "flip": True, "objective": "eps",
+        "schedule": "linear", "save_every": 5000, "log_every": 1000, "sampler": "ddpm",
+        "sample_steps": 1000, "num_samples": 50_000,
+        "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
+                    "scale_shift": False, "dropout": 0.1}},
+}
+# What a run cannot change half-way.
+FIXED = ("preset", "data", "batch_size", "accumulate", "lr", "seed", "objective", "schedule")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line instead of argparse's usage text."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of this kind from low to high."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high and kind(text) != math.inf:
+                return kind(text)
+        allowed = f"{'a whole number' if kind is int else 'a number'} from {low:g}"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; give {allowed}" + f" to {high:g}" * (high < math.inf))
+    return parse
+
+
+def several(parse):
+    """An argparse type: comma-separated items, each kept once."""
+    def parse_all(text):
+        try:
+            return list(dict.fromkeys(parse(item) for item in text.split(",")))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parse_all
+
+
+def make_parser():
+    parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                    formatter_class=argparse.RawTextHelpFormatter)
+
+    def add(flag, text, **settings):
+        default = SMALL.get(flag[2:].replace("-", "_"), "")
+        default = ",".join(map(str, default)) if isinstance(default, list) else default
+        parser.add_argument(flag, help=text + (f"\n[{default}]" if default != "" else ""),
+                            **{"metavar": flag[2:].upper()} | settings)
+
+    count = number(int, 1)
+    add("--decay", "EMA decays to compare, separated by commas: a number in [0, 1); step (the plain\n"
+        "average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width)",
+        type=several(parse_decay))
+    add("--data", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
+        "their classes in sub-folders; or an .npz file with `images` and perhaps `labels`")
+    add("--out", "folder for checkpoints, tables and pictures [runs/ and the name of the data]",
+        type=Path)
+    add("--steps", "optimizer steps; more than a finished run has trains it on", type=count)
+    add("--stages", "fractions of the run at which everything is evaluated",
+        type=several(number(float, 1e-9, 1)))
+    add("--batch-size", "images per optimizer step", type=count)
+    add("--accumulate", "micro-batches that a batch is split into, to save memory", type=count)
+    add("--lr", "learning rate of Adam, after a linear warm-up", type=number(float, 0))
+    add("--seed", "of the initial weights, data order, noise and samples", type=number(int, 0))
+    add("--objective", "what the network predicts: the noise, the data or the velocity",
+        choices=Diffusion.OBJECTIVES, metavar=None)
+    add("--schedule", "the noise schedule; flow is the straight path of flow matching",
+        choices=Diffusion.SCHEDULES, metavar=None)
+    add("--sampler", "ddpm: ancestral; ddim: deterministic; dpm++: DPM-Solver++(2M)",
+        choices=SAMPLERS, metavar=None)
+    add("--sample-steps", "network evaluations per sample, at most 1000", type=number(int, 1, 1000))
+    add("--num-samples", "samples per row of the table", type=number(int, 16))
+    add("--save-every", "steps between checkpoints", type=count)
+    add("--log-every", "steps between lines of metrics.jsonl", type=count)
+    add("--features", "TorchScript file that maps uint8 [N, 3, H, W] to features, such as\n"
+        "Inception; the Frechet distance is then called fid [a classifier trained here]")
+    add("--preset", "cifar10: the network and training of the DDPM paper; needs a GPU",
+        choices=PRESETS, metavar=None)
+    add("--device", "auto is a GPU where there is one", type=str)
+    return parser
+
+
+def resolve(given):
+    """(settings, checkpoint or None) from the flags given, the preset and the run in --out.
+
+    Raises ValueError or OSError, in one line, where they do not fit together.
+    """
+    args = PRESETS[given.get("preset", "small")] | given
+    out = Path(args.setdefault("out", Path("runs", Path(args["data"]).stem)))
+    if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
+        raise ValueError(f"--out {out} is, or lies below, a file; give a folder")
+    checkpoint = None
+    if (out / "checkpoint.pt").exists():
+        checkpoint = load_checkpoint(out / "checkpoint.pt")
+        args |= checkpoint["args"] | given
+        changed = [f"--{k.replace('_', '-')} {given[k]} (the run has {checkpoint['args'][k]})"
+                   for k in FIXED if k in given and given[k] != checkpoint["args"][k]]
+        if changed:
+            raise ValueError(f"{out} holds a run with other settings: {', '.join(changed)}; "
+                             "leave them out, or choose another --out")
+    args.setdefault("tracked", args["decay"])
+    args["saved"] = {k: v for k, v in args.items() if k not in ("out", "device", "saved")}
+    args = argparse.Namespace(**args)
+    if args.batch_size % args.accumulate:
+        raise ValueError(f"--accumulate {args.accumulate} does not divide --batch-size "
+                         f"{args.batch_size}")
+    args.stage_steps = sorted({max(1, round(f * args.steps)) for f in args.stages})
+    reached = checkpoint["step"] if checkpoint else 0
+    if args.steps < reached:
+        raise ValueError(f"--steps {args.steps} is less than the {reached} of the run in {out}")
+    lost = [s for s in args.stage_steps if s < reached and not stage_path(out, s, args.steps).exists()]
+    if lost:
+        raise ValueError(f"{out} kept no checkpoint at step {lost[0]}: ask for --stages before "
+                         "training")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {args.device} is not to be had here; cpu always is") from None
+    if args.features:
+        try:
+            torch.jit.load(args.features, map_location="cpu")
+        except (RuntimeError, ValueError):
+            raise ValueError(f"--features {args.features} is not a TorchScript file") from None
+    return args, checkpoint
+
+
+def print_configuration(args, data, held_out, model, network, diffusion, start):
+    """What will run, and for how long: from one training step and one batch of samples, timed."""
+    num_parameters = sum(p.numel() for p in model.parameters())
+    modes = "no labels" if data.labels is None else f"{len(data.names)} modes"
+    steps = torch.arange(1, args.steps + 1, dtype=torch.float64)
+    print(f"data       {args.data}: {len(data):,} training and {len(held_out):,} held-out images "
+          f"{list(data.images.shape[1:])}, {modes}\n"
+          f"network    UNet, {num_parameters / 1e6:.2f} M parameters, on {data.device}\n"
+          f"training   {args.steps:,} steps of {args.batch_size} images, {args.objective} on the "
+          f"{args.schedule} schedule, Adam {args.lr:g}, seed {args.seed}")
+    for decay in args.decay:
+        rates = decay_rates(decay, steps)
+        print(f"EMA        {decay}: horizon {1 / rates[-1].item():,.0f} steps, init share at the "
+              f"end {torch.log1p(-rates).sum().exp().item():.2g}")
+    print(f"evaluation {args.num_samples:,} samples a row by {args.sampler} in {args.sample_steps} "
+          f"steps, at steps {', '.join(map(str, args.stage_steps))}\n"
+          f"output     {args.out}")
+    if start == args.steps:
+        return
+    x0 = data.x0(torch.arange(args.batch_size, device=data.device) % len(data))
+    t = torch.zeros(len(x0), dtype=torch.long, device=data.device)
+    seconds = []
+    for grad in (True, True, False):  # the first is a warm-up
+        tick = time.perf_counter()
+        with torch.set_grad_enabled(grad):
+            loss = diffusion.loss(network, x0, t, x0).mean()
+            if grad:
+                loss.backward()
+        loss.item()
+        seconds.append(time.perf_counter() - tick)
+    model.zero_grad()
+    num_evaluated = len(args.stage_steps) * (1 + 2 * len(args.decay)) * args.num_samples
+    total = (args.steps - start) * seconds[1] + (
+        num_evaluated * args.sample_steps / args.batch_size * seconds[2])
+    print(f"estimated  {total / 60:.0f} minutes", flush=True)
+
+
+def main(argv=None):
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    try:
+        args, checkpoint = resolve(given)
+        data, held_out = load_data(args.data).to(args.device).split()
+        torch.manual_seed(seed_of(args.seed))
+        model = UNet(data.images.shape[1], **args.network).to(args.device)
+
+        def network(x, t):  # bfloat16 on a GPU
+            with torch.autocast(data.device.type, torch.bfloat16, data.device.type == "cuda"):
+                return model(x, t)
+
+        diffusion = Diffusion(args.schedule, args.objective)
+        optimizer = torch.optim.Adam(model.parameters(), args.lr)
+        ema = EMA(model, args.tracked)
+        held_out_loss(network, diffusion, held_out, num_images=1)  # do the shapes fit?
+        step, running = 0, torch.zeros(3, device=data.device)
+        if checkpoint:
+            step, running = checkpoint["step"], checkpoint["running"].to(data.device)
+            for part, name in ((model, "model"), (optimizer, "optimizer"), (ema, "ema")):
+                part.load_state_dict(checkpoint[name])
+        for decay in args.decay:
+            ema.error_bound(decay)  # is it tracked, or can it be read out?
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(error)
+    print_configuration(args, data, held_out, model, network, diffusion, step)
+    if step < args.steps and not train(args, step, running, model, network, diffusion, ema,
+                                       optimizer, data, held_out):
+        sys.exit(130)
+    rows = evaluate(args, model, network, diffusion, ema, data, held_out)
+    plot_samples(args, model, network, diffusion, ema, data)
+    plot_curves(args)
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
