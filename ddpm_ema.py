@@ -898,18 +898,17 @@ def draw_glyphs(num_images, seed=0):
     share = 1 / np.arange(1, len(GLYPHS) + 1)  # Zipf's law
     labels = rng.choice(len(GLYPHS), num_images, p=share / share.sum())
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    faces = [FT2Font(str(folder / f"DejaVu{name}.ttf")) for name in (
-        "Sans", "Sans-Bold", "Serif")]
+    faces = [FT2Font(str(folder / f"DejaVu{face}.ttf")) for face in ("Sans-Bold", "Serif-Bold")]
     canvas = np.zeros((num_images, 32, 32), np.float32)  # twice the final resolution
     for i, label in enumerate(labels):
         face = faces[rng.integers(len(faces))]
-        face.set_size(28 * rng.uniform(0.94, 1.06), 72)
+        face.set_size(28 * rng.uniform(0.95, 1.05), 72)
         face.set_text(GLYPHS[label], rng.normal(0, 3))
         face.draw_glyphs_to_bitmap()
         glyph = face.get_image()[:32, :32]  # [h, w] uint8
         h, w = glyph.shape
-        top = np.clip(round((32 - h) / 2 + rng.uniform(-1.5, 1.5)), 0, 32 - h)
-        left = np.clip(round((32 - w) / 2 + rng.uniform(-1.5, 1.5)), 0, 32 - w)
+        top = np.clip(round((32 - h) / 2 + rng.uniform(-1, 1)), 0, 32 - h)
+        left = np.clip(round((32 - w) / 2 + rng.uniform(-1, 1)), 0, 32 - w)
         canvas[i, top:top + h, left:left + w] = glyph
     images = canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5))
     return images.round().astype(np.uint8), labels
@@ -949,6 +948,8 @@ def download(address, path, md5):
                     show(f"downloading {path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB",
                          keep=have == total)
     except (OSError, http.client.HTTPException) as error:
+        if getattr(error, "code", None) == 416:  # more is here than there
+            part.unlink()
         raise OSError(f"download of {address} failed ({error}); the same command continues it, "
                       f"or put the file at {path}") from error
     if have < total:
@@ -1023,8 +1024,10 @@ def read_npz(path):
         raise ValueError(f"{path} is not an .npz file with an array `images`: {error}") from error
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise ValueError(f"{path}: images are {images.dtype}; allowed are uint8 and floats")
-    if images.ndim == 4 and images.shape[1] > images.shape[3]:  # channels are the shorter axis
-        images = images.transpose(0, 3, 1, 2)
+    if images.ndim == 4:
+        _, a, b, c = images.shape  # of [a, b, c] the equal two are height and width
+        if a == b != c or (b != c and c < a):
+            images = images.transpose(0, 3, 1, 2)
     return images, arrays.get("labels"), None
 
 
@@ -1237,6 +1240,13 @@ def stage_path(out, step, last_step):
     return out / ("checkpoint.pt" if step == last_step else f"checkpoint-{step}.pt")
 
 
+def load_stage(args, step, model, ema):
+    checkpoint = load_checkpoint(stage_path(args.out, step, args.steps))
+    model.load_state_dict(checkpoint["model"])
+    ema.load_state_dict(checkpoint["ema"])
+    model.eval()
+
+
 def read_log(out):
     """The lines of metrics.jsonl; one that an interruption tore is left out."""
     lines, path = [], out / "metrics.jsonl"
@@ -1394,18 +1404,21 @@ def write_results(out, rows):
         writer.writerows(rows)
 
 
+def missing_rows(args):
+    """(step, Weights, key) of the rows that results.csv does not hold yet, stage after stage."""
+    done = {tuple(row[k] for k in RESULT_KEY) for row in read_results(args.out)}
+    rows = [(step, weights, tuple(map(str, (
+                step, weights.kind, weights.decay, int(weights.debias), args.sampler,
+                args.sample_steps, args.num_samples, args.features))))
+            for step in args.stage_steps
+            for weights in (Weights("real"), *raw_and_ema(args.decay))]
+    return [row for row in rows if row[2] not in done]
+
+
 @torch.no_grad()
-def evaluate(args, model, network, diffusion, ema, data, held_out):
-    """Fill results.csv with the rows of every stage and all weights that it does not hold yet."""
+def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
+    """Measure the missing rows; each is in results.csv as soon as it is known."""
     rows = read_results(args.out)
-    done = {tuple(row[k] for k in RESULT_KEY) for row in rows}
-    settings = args.sampler, str(args.sample_steps), str(args.num_samples), args.features
-    missing = [(step, weights) for step in args.stage_steps
-               for weights in (Weights("real"), *raw_and_ema(args.decay))
-               if (str(step), weights.kind, weights.decay, str(int(weights.debias)), *settings)
-               not in done]
-    if not missing:
-        return rows
     extract = load_extractor(args, data, held_out)
 
     def features_of(batches, what):
@@ -1426,33 +1439,29 @@ def evaluate(args, model, network, diffusion, ema, data, held_out):
     if data.labels is not None:
         shares = data.labels.bincount(minlength=data.num_classes).double() / len(data)
     real = {"moments": moments(features), "features": features[:args.num_samples], "shares": shares}
-    loaded = None
-    model.eval()
-    for number, (step, weights) in enumerate(missing, 1):
-        if step != loaded:
-            checkpoint = load_checkpoint(stage_path(args.out, step, args.steps))
-            model.load_state_dict(checkpoint["model"])
-            ema.load_state_dict(checkpoint["ema"])
-            loaded = step
-
+    for number, (step, weights, key) in enumerate(missing, 1):
+        if step != ema.step:
+            load_stage(args, step, model, ema)
+        what = f"evaluating {number} of {len(missing)}: step {step}, {weights}"
         with weights.on(ema):
             batches = (stored(held_out, args.num_samples) if weights.kind == "real" else
                        draw_samples(args, network, diffusion, data, args.num_samples))
-            what = f"evaluating {number} of {len(missing)}: step {step}, {weights}"
             metrics = measure(*features_of(batches, what), real)
         if args.features:
             metrics = {k.replace("fd", "fid"): v for k, v in metrics.items()}
         share = ema.init_share(weights.decay) if weights.kind == "ema" else ""
-        row = dict(zip(RESULT_KEY, (step, weights.kind, weights.decay, int(weights.debias),
-                                    *settings)), init_share=share) | metrics
+        row = dict(zip(RESULT_KEY, key), init_share=share) | metrics
         rows.append({k: str(v) for k, v in row.items()})
         write_results(args.out, rows)
         show(what, keep=not sys.stdout.isatty())
-    return rows
 
 
-def print_table(rows):
-    """results.csv as text; every value with its spread."""
+def print_table(args):
+    """The rows of results.csv with this sampler, step after step; every value with its spread."""
+    rows = [row for row in read_results(args.out) if row["sampler"] == args.sampler and
+            row["sample_steps"] == str(args.sample_steps) and row["features"] == args.features and
+            row["num_samples"] == str(args.num_samples)]
+    rows.sort(key=lambda row: int(row["step"]))
     names = [m for m in METRICS if any(row.get(m) for row in rows)]
     print(f"\n{'step':>7}  {'weights':18} {'horizon':>9} {'init share':>10}"
           + "".join(f"{n.replace('_', ' '):>16}" for n in names))
@@ -1465,6 +1474,18 @@ def print_table(rows):
         values = "".join(f"{float(row[n]):9.3f} ±{float(row[n + '_sd']):5.3f}" if row.get(n)
                          else " " * 16 for n in names)
         print(f"{row['step']:>7}  {weights!s:18} {horizon:>9} {share:>10}{values}")
+
+
+def print_cards(args, ema):
+    """What each decay means at the present step."""
+    print()
+    for decay in args.decay:
+        card = ema.card(decay, args.batch_size)
+        print(f"{decay} at step {ema.step}: averages over {card['effective_steps']:,.0f} steps, "
+              f"sigma_rel {card['sigma_rel']:.3f}, half-life {card['half_life_steps']:,.0f} steps or "
+              f"{card['half_life_images']:,.0f} images, init share {card['init_share']:.2g}; "
+              "averaging in place in float32 would "
+              + ("have stalled" if card["stalls_in_place"] else "work too"))
 
 
 # ==================================================================================================
@@ -1483,11 +1504,10 @@ def as_pictures(data, x0):
     return (x0 - x0.amin()) / (x0.amax() - x0.amin()).clamp(min=1e-6)
 
 
-def plot_samples(args, model, network, diffusion, ema, data):
+def plot_samples(args, network, diffusion, ema, data):
     """samples.png: rows of real images, then raw above EMA from the same noise, several times."""
     weights = [w for w in raw_and_ema(args.decay) if not w.debias]
     repeats, columns = max(1, 6 // len(weights)), 16
-    model.eval()
     rows = [("real", data.x0(torch.arange(columns, device=data.device)))]
     drawn = {}
     for w in weights:
@@ -1500,12 +1520,12 @@ def plot_samples(args, model, network, diffusion, ema, data):
     axes = figure.subplots(len(rows))
     for i, (axis, (text, x0)) in enumerate(zip(axes, rows)):
         picture = F.pad(as_pictures(data, x0), (0, 0, 0, 1), value=1.0)  # white between images
-        axis.imshow(picture.transpose(0, 1).flatten(1, 2), cmap="gray", vmin=0, vmax=1,
+        axis.imshow(picture.transpose(0, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=1,
                     interpolation="nearest")
         axis.set_axis_off()
         axis.text(-0.01, 0.5, text, transform=axis.transAxes, ha="right", va="center",
                   color=ORANGE if "EMA" in text else "black")
-    figure.suptitle(f"{Path(args.data).stem}, step {args.steps}: real images; below, samples from "
+    figure.suptitle(f"{Path(args.data).stem}, step {ema.step}: real images; below, samples from "
                     "the same noise", fontsize=11)
     with replacing(args.out / "samples.png") as path:
         figure.savefig(path, dpi=160, bbox_inches="tight")
@@ -1699,19 +1719,19 @@ def print_configuration(args, data, held_out, model, network, diffusion, start):
         return
     x0 = data.x0(torch.arange(args.batch_size, device=data.device) % len(data))
     t = torch.zeros(len(x0), dtype=torch.long, device=data.device)
-    seconds = []
-    for grad in (True, True, False):  # the first is a warm-up
+    seconds = {True: math.inf, False: math.inf}  # the least time with and without gradients
+    for grad in (True, False) * 4:
         tick = time.perf_counter()
         with torch.set_grad_enabled(grad):
             loss = diffusion.loss(network, x0, t, x0).mean()
             if grad:
                 loss.backward()
-        loss.item()
-        seconds.append(time.perf_counter() - tick)
+        loss.item()  # waits for the device
+        seconds[grad] = min(seconds[grad], time.perf_counter() - tick)
     model.zero_grad()
     num_evaluated = len(args.stage_steps) * (1 + 2 * len(args.decay)) * args.num_samples
-    total = (args.steps - start) * seconds[1] + (
-        num_evaluated * args.sample_steps / args.batch_size * seconds[2])
+    total = (args.steps - start) * seconds[True] + (
+        num_evaluated * args.sample_steps / args.batch_size * seconds[False])
     print(f"estimated  {total / 60:.0f} minutes", flush=True)
 
 
@@ -1729,7 +1749,7 @@ def main(argv=None):
                 return model(x, t)
 
         diffusion = Diffusion(args.schedule, args.objective)
-        optimizer = torch.optim.Adam(model.parameters(), args.lr)
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         ema = EMA(model, args.tracked)
         held_out_loss(network, diffusion, held_out, num_images=1)  # do the shapes fit?
         step, running = 0, torch.zeros(3, device=data.device)
@@ -1746,10 +1766,13 @@ def main(argv=None):
     if step < args.steps and not train(args, step, running, model, network, diffusion, ema,
                                        optimizer, data, held_out):
         sys.exit(130)
-    rows = evaluate(args, model, network, diffusion, ema, data, held_out)
-    plot_samples(args, model, network, diffusion, ema, data)
-    plot_curves(args)
-    print_table(rows)
+    if missing := missing_rows(args):
+        load_stage(args, args.stage_steps[-1], model, ema)
+        plot_samples(args, network, diffusion, ema, data)
+        plot_curves(args)
+        evaluate(args, missing, model, network, diffusion, ema, data, held_out)
+    print_table(args)
+    print_cards(args, ema)
 
 
 if __name__ == "__main__":
