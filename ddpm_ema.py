@@ -97,8 +97,16 @@ def geometric_sum(rate, other, first, last):
 
 
 def bare_name(name):
-    """A parameter's name in the bare model: without what DDP and torch.compile put into it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    """A parameter's name without what torch.compile puts into it, also for a part of a model."""
+    return name.replace("_orig_mod.", "")
+
+
+def bare_model(model):
+    """The model inside of torch.compile, DistributedDataParallel and DataParallel."""
+    parallel = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
 
 
 class EMA:
@@ -127,6 +135,8 @@ class EMA:
         self.model, self.block = model, block
         self.decays = [parse_decay(decay) for decay in decays]
         self._ladder = [parse_decay(float(decay)) for decay in ladder or ()]
+        if "0" in self._ladder:
+            raise ValueError("a ladder has decays above 0")
         self._rows = list(dict.fromkeys([*self.decays, *self._ladder]))
         if not self._rows:
             raise ValueError("no decay to track: give decays, a ladder or both")
@@ -183,10 +193,12 @@ class EMA:
     def _bind(self):
         """Finds the parameters by name, tied ones once."""
         named = {}
-        for name, parameter in self.model.named_parameters():
-            if bare_name(name) in named or not parameter.is_floating_point():
-                raise ValueError(f"parameter {name} is {parameter.dtype} or has another's name")
+        for name, parameter in bare_model(self.model).named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(f"parameter {name} is {parameter.dtype}: only floats are averaged")
             named[bare_name(name)] = parameter
+        if not named:
+            raise ValueError("the model has no parameters to average")
         shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         self._shapes = self._shapes or shapes
         self._match(shapes, "the model has changed")
@@ -196,7 +208,7 @@ class EMA:
 
     def _live(self):
         """The model's parameters and buffers by bare name, tied ones under each of their names."""
-        state = self.model.state_dict(keep_vars=True)
+        state = bare_model(self.model).state_dict(keep_vars=True)
         return {bare_name(name): value for name, value in state.items()}
 
     @torch.no_grad()
@@ -478,9 +490,11 @@ class EMA:
         spec = parse_decay(decay)
         if spec not in self._rows:
             raise ValueError(f"decay {spec} is not tracked; tracked: {', '.join(self._rows)}")
-        given = {bare_name(name): torch.as_tensor(value) for name, value in state_dict.items()}
+        live = self._live()
+        given = {name if name in live else name.removeprefix("module."): torch.as_tensor(value)
+                 for name, value in ((bare_name(n), value) for n, value in state_dict.items())}
         names, found = dict(zip(map(id, self._parameters), self._shapes)), {}
-        for name, value in self._live().items():
+        for name, value in live.items():
             if name in given:
                 found[names.get(id(value))] = given.pop(name)
         found.pop(None, None)  # the buffers
@@ -499,16 +513,16 @@ import torch
 
 
 class Diffusion:
-    """The path x_t = alpha_t x0 + sigma_t eps, what a network learns on it, and how to walk it back.
+    """The path x_t = alpha_t x0 + sigma_t eps, what is learnt on it, and how to walk it back.
 
-    schedule    "linear": Ho et al. 2020 (arXiv:2006.11239), section 4; alpha² is its `alphas_cumprod`
+    schedule    "linear": Ho et al. 2020 (arXiv:2006.11239), section 4; its alphas_cumprod is alpha²
                 "cosine": Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17
                 "flow":   the straight path x_t = (1 - s) x0 + s eps of flow matching (as in SiT,
                           arXiv:2401.08740), on the midpoints s = (t + 1/2) / num_steps
     objective   what the network predicts: "eps" the noise; "x0" the data; "v" the velocity
-                v = alpha' x0 + sigma' eps. The derivative is taken along the angle of (alpha, sigma)
-                for linear and cosine, v = alpha eps - sigma x0 (Salimans & Ho 2022,
-                arXiv:2202.00512), and along s for flow, v = eps - x0.
+                v = alpha' x0 + sigma' eps. The derivative is along the angle of (alpha, sigma) for
+                linear and cosine, v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512),
+                and along s for flow, v = eps - x0.
     num_steps   T. In code t runs from 0, the least noise, to T - 1; the papers' t is one more.
 
     `network(x_t, t)` is any callable: x_t [B, ...], t [B] int64 -> [B, ...].
@@ -537,10 +551,14 @@ class Diffusion:
             velocity = -sigma, alpha
         # The determinant alpha sigma' - sigma alpha' is 1 on every path here: `predict` needs that.
         self.path = torch.stack([alpha, sigma, *velocity])  # [4, T] float64: alpha, sigma, and '
+        self._copies = {}  # of the path, by device and dtype
 
     def at(self, t, x):
         """alpha, sigma, alpha', sigma' at times t [B], each [B, 1, ...] to multiply x [B, ...]."""
-        rows = self.path.to(x)[:, t.to(x.device)]  # [4, B]
+        key = x.device, x.dtype
+        if key not in self._copies:
+            self._copies[key] = self.path.to(x)
+        rows = self._copies[key][:, t]  # [4, B]
         return rows.view(4, -1, *[1] * (x.dim() - 1))
 
     def add_noise(self, x0, t, eps):
@@ -573,7 +591,7 @@ class Diffusion:
         output = network(self.add_noise(x0, t, eps), t)
         error = (output.float() - self.target(x0, t, eps)).square().flatten(1).mean(1)  # [B]
         if self.objective == "x0":
-            error = error / self.path[1].to(error)[t].clamp(min=0.05).square()
+            error = error / self.at(t, error)[1].clamp(min=0.05).square()
         return error
 
     @torch.no_grad()
@@ -678,7 +696,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # [B, H W, 3 C]
-        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=2))  # [B, H W, C]
+        h = F.scaled_dot_product_attention(*qkv[:, None].chunk(3, dim=3))[:, 0]  # [B, H W, C]
         return x + self.out(h.transpose(1, 2).reshape(x.shape))
 
 
@@ -712,6 +730,8 @@ class UNet(nn.Module):
     def __init__(self, channels=1, width=16, multipliers=(1, 2, 4), num_blocks=1, attention=(2,),
                  scale_shift=True, dropout=0.0):
         super().__init__()
+        if width % 2:
+            raise ValueError(f"width is {width}: it must be even")
         self.channels, self.width, self.stride = channels, width, 2 ** (len(multipliers) - 1)
         time = 4 * width
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
@@ -816,6 +836,7 @@ class Dataset:
     names    what each label stands for
     x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats to mean 0 and standard
              deviation 1 in each channel
+    bound    the largest |x0|, for samplers to clip at
     """
 
     def __init__(self, images, labels=None, names=None):
@@ -823,16 +844,18 @@ class Dataset:
         if images.dim() != 4 or 0 in images.shape:
             raise ValueError(f"images have shape {list(images.shape)}; needed is [N, C, H, W] or "
                              "[N, H, W, C], none of them 0")
-        if len(images) < 10:
-            raise ValueError(f"{len(images)} images are too few to train on; 10 is the least")
+        if len(images) < 20:
+            raise ValueError(f"{len(images)} images are too few to train on; 20 is the least")
         if images.dtype == torch.uint8:
             self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)
+            self.bound = 1.0
         else:
             images = images.float()
             if not images.isfinite().all():
                 raise ValueError("the data hold NaN or infinite values; all must be finite")
             self.shift = images.mean(dim=(0, 2, 3))[:, None, None]  # [C, 1, 1]
             self.scale = images.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
+            self.bound = ((images - self.shift) / self.scale).abs().max().item()
         if labels is not None:
             labels = np.asarray(labels)
             if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
@@ -903,7 +926,7 @@ def draw_glyphs(num_images, seed=0):
     for i, label in enumerate(labels):
         face = faces[rng.integers(len(faces))]
         face.set_size(28 * rng.uniform(0.95, 1.05), 72)
-        face.set_text(GLYPHS[label], rng.normal(0, 3))
+        face.set_text(GLYPHS[label], rng.normal(0, 2))
         face.draw_glyphs_to_bitmap()
         glyph = face.get_image()[:32, :32]  # [h, w] uint8
         h, w = glyph.shape
@@ -926,14 +949,19 @@ def show(text, keep=True):
 def replacing(path):
     """Gives a temporary path, which takes the place of `path` when all went well."""
     temporary = path.with_name(f"tmp-{path.name}")
-    yield temporary
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def download(address, path, md5):
     """Fetch a file to `path`, going on where an earlier attempt stopped; OSError on any failure."""
     if path.exists():
-        return
+        if hashlib.md5(path.read_bytes()).hexdigest() == md5:
+            return
+        path.unlink()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
@@ -981,9 +1009,9 @@ def read_idx_folder(files):
     images, labels = [], []
     for path in files:
         images.append(read_idx(path))
-        twin = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-        if twin != path and twin.exists():
-            labels.append(read_idx(twin))
+        twin = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+        twins = [path.with_name(twin), path.with_name(f"{twin}.gz")]
+        labels += [read_idx(file) for file in twins if file.exists()][:1]
     if len({a.shape[1:] for a in images}) > 1 or images[0].ndim != 3:
         raise ValueError(f"{files[0].parent}: image files of unequal or unknown size: "
                          f"{sorted({a.shape for a in images})}")
@@ -996,7 +1024,7 @@ def read_image_folder(folder, files):
     for path in files:
         try:
             image = matplotlib.image.imread(path)  # [H, W] or [H, W, C]; floats from PNG
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # the readers fail in many ways
             raise ValueError(f"{path} is not a readable image: {error}") from error
         if image.dtype.kind == "f":
             image = (image * 255).round()
@@ -1016,14 +1044,21 @@ def read_image_folder(folder, files):
 
 
 def read_npz(path):
+    """`images` [N, C, H, W] or [N, H, W, C], told apart by the two equal sizes or the least one."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {k: file[k] for k in ("images", "labels") if k in file}
         images = arrays["images"]
-    except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error,
+            zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an .npz file with an array `images`: {error}") from error
-    if images.dtype != np.uint8 and images.dtype.kind != "f":
-        raise ValueError(f"{path}: images are {images.dtype}; allowed are uint8 and floats")
+    if images.dtype.kind in "iu" and images.size and 0 <= images.min() and images.max() <= 255:
+        images = images.astype(np.uint8)
+    elif images.dtype.kind == "f":
+        images = images.astype(np.float32)
+    else:
+        raise ValueError(f"{path}: images are {images.dtype}; allowed are integers from 0 to 255 "
+                         "and floats")
     if images.ndim == 4:
         _, a, b, c = images.shape  # of [a, b, c] the equal two are height and width
         if a == b != c or (b != c and c < a):
@@ -1033,7 +1068,7 @@ def read_npz(path):
 
 def load_data(source):
     """The Dataset behind --data; ValueError or OSError with one clear line where there is none."""
-    path = Path(source)
+    path = Path(source or "nothing")
     if source == "glyphs":
         return Dataset(*draw_glyphs(24_096), names=list(GLYPHS))
     if source in DOWNLOADS:
@@ -1042,7 +1077,7 @@ def load_data(source):
         for name, md5 in files.items():
             download(address + name, cache / name, md5)
         if source == "cifar10":
-            with tarfile.open(cache / name) as tar:
+            with tarfile.open(cache / "cifar-10-binary.tar.gz") as tar:
                 batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
                            for i in range(1, 6)]
             records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
@@ -1050,12 +1085,13 @@ def load_data(source):
         path = cache
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file())
-        idx = [f for f in files if "idx3" in f.name]
+        idx = {str(f).removesuffix(".gz"): f for f in files if "idx3" in f.name and
+               f.suffix != ".part"}.values()  # of a file and its gzipped twin only one
         pictures = [f for f in files if f.suffix.lower() in
                     (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")]
         if not idx and not pictures:
             raise ValueError(f"{path} holds neither idx files nor images")
-        return Dataset(*(read_idx_folder(idx) if idx else read_image_folder(path, pictures)))
+        return Dataset(*(read_idx_folder(list(idx)) if idx else read_image_folder(path, pictures)))
     if path.is_file() and path.suffix == ".npz":
         return Dataset(*read_npz(path))
     raise ValueError(f"{source} is no data; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder "
@@ -1101,15 +1137,14 @@ def train_classifier(net, data, held_out, num_steps=500, batch_size=128):
         label = torch.arange(len(index), device=data.device) % len(data.turns)
         return torch.stack([x.rot90(data.turns[k], (1, 2)) for x, k in zip(x0, label)]), label
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for layer in net.modules():
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-        weight = torch.ones(len(data))
-        if data.labels is not None:
-            weight = 1 / data.labels.cpu().bincount()[data.labels.cpu()]
-        order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
+    torch.manual_seed(0)
+    for layer in net.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    weight = torch.ones(len(data))
+    if data.labels is not None:
+        weight = 1 / data.labels.cpu().bincount()[data.labels.cpu()]
+    order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
     for index in order.to(data.device).split(batch_size):
@@ -1129,7 +1164,10 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
     Heusel et al. 2017 (arXiv:1706.08500, eq. 6). The root's trace is that of the symmetric
     (cov1^½ cov2 cov1^½)^½, whose eigenvalues are real, also where a covariance is singular.
+    NaN where a moment is not finite.
     """
+    if not (cov1.isfinite().all() and cov2.isfinite().all()):
+        return math.nan
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
@@ -1165,6 +1203,14 @@ def measure(features, probs, real, num_bootstrap=20):
 
     `real` holds what they are compared with: `moments`, `features` [M, D] and, where the modes
     are known, their true `shares` [K]. Spreads are standard deviations over bootstrap resamples.
+
+    fd             Fréchet distance            is    Inception Score, exp E KL(p(y|x) | p(y))
+    precision      share of samples within the manifold of the real features; recall: the reverse
+    With known modes also
+    tail_share     mass on the rarer half of the modes over its true mass
+    covered_modes  modes with more than a quarter of their true share
+    tv             total variation between the shares of the modes, sampled and true
+    legible        share of images whose mode is read with probability above 0.9
     """
     modes, confident = probs.argmax(1), (probs.amax(1) > 0.9).double()
     precise = manifold_share(features, real["features"]).double()
@@ -1175,14 +1221,14 @@ def measure(features, probs, real, num_bootstrap=20):
         entropy = (p * (p.clamp(min=1e-12).log() - p.mean(0).clamp(min=1e-12).log())).sum(1)
         out = {"fd": frechet_distance(*moments(features[i]), *real["moments"]),
                "is": entropy.mean().exp().item(),
-               "precision": precise[i].mean().item(), "recall": recalled[j].mean().item(),
-               "legible": confident[i].mean().item()}
+               "precision": precise[i].mean().item(), "recall": recalled[j].mean().item()}
         if (true := real["shares"]) is not None:
             share = modes[i].bincount(minlength=len(true)).double() / len(i)
             rare = true.argsort(descending=True)[len(true) // 2:]
             out |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
                     "covered_modes": (share > true / 4).sum().item(),
-                    "tv": ((share - true).abs().sum() / 2).item()}
+                    "tv": ((share - true).abs().sum() / 2).item(),
+                    "legible": confident[i].mean().item()}
         return out
 
     n, m, device = len(features), len(recalled), features.device
@@ -1219,12 +1265,14 @@ class Weights(NamedTuple):
 
 
 def raw_and_ema(decays):
-    return [Weights("raw"), *(Weights("ema", d, debias) for d in decays for debias in (False, True))]
+    averages = [Weights("ema", decay, debias) for decay in decays for debias in (False, True)]
+    return [Weights("raw"), *averages]
 
 
-def seed_of(*numbers):
-    """A 32-bit seed; different numbers give independent streams."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+def seed_of(purpose, seed, index=0):
+    """A 32-bit seed for "init", "train" (index: the step) or "sample" (index: the first image)."""
+    stream = ("init", "train", "sample").index(purpose)
+    return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
 
 
 def load_checkpoint(path):
@@ -1257,7 +1305,7 @@ def read_log(out):
 
 
 @torch.no_grad()
-def held_out_loss(network, diffusion, data, num_images=256):
+def held_out_loss(network, diffusion, data, num_images=128):
     """Mean loss on fixed images, noise and times spread evenly over 0..T-1, equal in all rows."""
     x0 = data.x0(torch.arange(min(num_images, len(data)), device=data.device))
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
@@ -1265,26 +1313,40 @@ def held_out_loss(network, diffusion, data, num_images=256):
     return diffusion.loss(network, x0, t, eps).mean().item()
 
 
-def train(args, start, running, model, network, diffusion, ema, optimizer, data, held_out):
+@contextlib.contextmanager
+def catching_signals():
+    """Gives a list that Ctrl-C and SIGTERM fill, for the loop to stop between two steps."""
+    caught = []
+    handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(args, start, running, signals, model, network, diffusion, ema, optimizer, data, held_out):
     """The loop: first log and save, then train, so that the last step is no special case.
 
     Everything random is a function of (seed, step), so a run that was interrupted ends with the
-    same bits as one that was not. Returns False if a signal stopped it, after saving.
+    same bits as one that was not. `signals` is empty until one of them asks to save and stop.
     `running` [3]: loss, gradient norm and their count since the last line of the log; they are
     read off the device only there.
     """
-    log = [json.dumps(line) + "\n" for line in read_log(args.out) if line["step"] < start]
+    log = {line["step"]: json.dumps(line) + "\n" for line in read_log(args.out)
+           if line["step"] <= start}
     with replacing(args.out / "metrics.jsonl") as path:
-        path.write_text("".join(log))
-    signals = []
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number))
-                for s in (signal.SIGINT, signal.SIGTERM)}
+        path.write_text("".join(log.values()))
     tick, tick_step = time.perf_counter(), start
 
     for step in range(start, args.steps + 1):
-        if step % args.log_every == 0 or step == args.steps:
+        if step not in log and (step % args.log_every == 0 or step == args.steps):
             loss, norm, count = running.tolist()
-            running.zero_()
+            if not math.isfinite(loss + norm):
+                sys.exit(f"training diverged before step {step}; a lower --lr may help")
+            if step % args.log_every == 0:  # a run that is trained on later has the same means
+                running.zero_()
             speed = (step - tick_step) * args.batch_size / (time.perf_counter() - tick)
             model.eval()
             held_out_losses = {}
@@ -1298,11 +1360,11 @@ def train(args, start, running, model, network, diffusion, ema, optimizer, data,
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             if count:
-                left = (args.steps - step) * args.batch_size / speed
+                minutes = (args.steps - step) * args.batch_size / speed / 60
                 show(f"step {step}/{args.steps}  loss {loss / count:.4f}  {speed:.0f} images/s  "
-                     f"{left / 60:.1f} min left", keep=step == args.steps or not sys.stdout.isatty())
+                     f"{minutes:.1f} min left", keep=not sys.stdout.isatty() or step == args.steps)
             tick, tick_step = time.perf_counter(), step
-        if step in args.stage_steps or step % args.save_every == 0 or signals:
+        if step in (args.steps, *args.stage_steps) or step % args.save_every == 0 or signals:
             state = {"args": args.saved, "step": step, "model": model.state_dict(),
                      "optimizer": optimizer.state_dict(), "ema": ema.state_dict(),
                      "running": running}
@@ -1312,15 +1374,15 @@ def train(args, start, running, model, network, diffusion, ema, optimizer, data,
         if signals or step == args.steps:
             break
 
-        torch.manual_seed(seed_of(args.seed, step))
+        torch.manual_seed(seed_of("train", args.seed, step))
         index = torch.randint(len(data), (args.batch_size,), device=data.device)  # [B]
         t = torch.randint(diffusion.num_steps, (args.batch_size,), device=data.device)  # [B]
         x0 = data.x0(index)  # [B, C, H, W]
         if args.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0, x0.flip(3))
         eps = torch.randn_like(x0)
-        for micro in torch.arange(args.batch_size, device=data.device).chunk(args.accumulate):
-            loss = diffusion.loss(network, x0[micro], t[micro], eps[micro]).sum() / args.batch_size
+        for micro in zip(*(part.chunk(args.accumulate) for part in (x0, t, eps))):
+            loss = diffusion.loss(network, *micro).sum() / args.batch_size
             loss.backward()
             running[0] += loss.detach()
         running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1331,24 +1393,21 @@ def train(args, start, running, model, network, diffusion, ema, optimizer, data,
         optimizer.zero_grad()
         ema.update()
 
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if signals:
+    if step < args.steps:
         show(f"stopped at step {step} of {args.steps}; the same command goes on from here")
-    return not signals
+        sys.exit(130)
 
 
 @torch.no_grad()
 def draw_samples(args, network, diffusion, data, num_images):
     """Yields x0 [<=256, C, H, W] until there are num_images; all weights get the same noise."""
     for first in range(0, num_images, 256):
-        generator = torch.Generator(data.device).manual_seed(seed_of(args.seed, first, 1))
+        generator = torch.Generator(data.device).manual_seed(seed_of("sample", args.seed, first))
         shape = min(256, num_images - first), *data.images.shape[1:]
         noise = torch.randn(shape, generator=generator, device=data.device)
         noise = noise.contiguous(memory_format=torch.channels_last)
         for _, _, x0 in diffusion.sample(network, noise, args.sample_steps, generator=generator,
-                                         clip=1.0 if data.is_pictures else None,
-                                         **SAMPLERS[args.sampler]):
+                                         clip=data.bound, **SAMPLERS[args.sampler]):
             pass
         yield data.round(x0)
 
@@ -1387,12 +1446,15 @@ RESULT_KEY = ("step", "weights", "decay", "debias", "sampler", "sample_steps", "
 
 
 def read_results(out):
-    """The rows of results.csv, all values text."""
+    """The rows of results.csv, all values text; ValueError if it is not ours."""
     path = out / "results.csv"
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    if not all(set(RESULT_KEY) <= set(row) for row in rows):
+        raise ValueError(f"{path} is not a table of this program; choose another --out")
+    return rows
 
 
 def write_results(out, rows):
@@ -1464,35 +1526,36 @@ def print_table(args):
     rows.sort(key=lambda row: int(row["step"]))
     names = [m for m in METRICS if any(row.get(m) for row in rows)]
     print(f"\n{'step':>7}  {'weights':18} {'horizon':>9} {'init share':>10}"
-          + "".join(f"{n.replace('_', ' '):>16}" for n in names))
+          + "".join(f"{n.replace('_', ' '):>15}" for n in names))
     for row in rows:
         weights = Weights(row["weights"], row["decay"], row["debias"] == "1")
         horizon = share = "-"
         if weights.kind == "ema":
             rate = decay_rates(weights.decay, torch.tensor([float(row["step"])]).double()).item()
             horizon, share = f"{1 / rate:,.0f}", f"{float(row['init_share']):.2g}"
-        values = "".join(f"{float(row[n]):9.3f} ±{float(row[n + '_sd']):5.3f}" if row.get(n)
-                         else " " * 16 for n in names)
+        values = "".join(f"{float(row[n]):7.3g} ±{float(row[n + '_sd']):<6.1g}" if row.get(n)
+                         else " " * 15 for n in names)
         print(f"{row['step']:>7}  {weights!s:18} {horizon:>9} {share:>10}{values}")
 
 
 def print_cards(args, ema):
-    """What each decay means at the present step."""
-    print()
+    """What each decay means at the present step, and how exact it is if it was not tracked."""
     for decay in args.decay:
         card = ema.card(decay, args.batch_size)
-        print(f"{decay} at step {ema.step}: averages over {card['effective_steps']:,.0f} steps, "
-              f"sigma_rel {card['sigma_rel']:.3f}, half-life {card['half_life_steps']:,.0f} steps or "
-              f"{card['half_life_images']:,.0f} images, init share {card['init_share']:.2g}; "
-              "averaging in place in float32 would "
-              + ("have stalled" if card["stalls_in_place"] else "work too"))
+        print(f"{decay} at step {ema.step}: averages {card['effective_steps']:,.0f} steps, horizon "
+              f"{card['horizon']:,.0f}, half-life {card['half_life_steps']:,.0f} steps or "
+              f"{card['half_life_images']:,.0f} images, sigma_rel {card['sigma_rel']:.3f}, "
+              f"init share {card['init_share']:.2g}; averaging in place in float32 would "
+              + ("have stalled" if card["stalls_in_place"] else "not have stalled")
+              + f"; read out of the ladder, wrong by at most {ema.error_bound(decay):.1g} "
+              f"in Euclidean norm" * (ema.error_bound(decay) > 0))
 
 
 # ==================================================================================================
 # Plots
 # ==================================================================================================
 
-BLUE, ORANGE = "#3b6fb6", "#d9772b"
+RAW = "#d9772b"
 
 
 def as_pictures(data, x0):
@@ -1524,33 +1587,36 @@ def plot_samples(args, network, diffusion, ema, data):
                     interpolation="nearest")
         axis.set_axis_off()
         axis.text(-0.01, 0.5, text, transform=axis.transAxes, ha="right", va="center",
-                  color=ORANGE if "EMA" in text else "black")
-    figure.suptitle(f"{Path(args.data).stem}, step {ema.step}: real images; below, samples from "
-                    "the same noise", fontsize=11)
+                  color=RAW if text == "raw" else "black")
+    axes[0].set_title(f"{Path(args.data).stem}, step {ema.step}: real images; below, samples from "
+                      "the same noise", fontsize=11)
     with replacing(args.out / "samples.png") as path:
         figure.savefig(path, dpi=160, bbox_inches="tight")
 
 
 def plot_curves(args):
-    """curves.png: training loss and gradient norm; held-out loss of raw and every average."""
+    """curves.png: training loss; held-out loss of raw and every average."""
     log = read_log(args.out)
+    if not log:  # somebody deleted it
+        return
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     trained = [line for line in log if line["loss"] is not None]
     left.plot([x["step"] for x in trained], [x["loss"] for x in trained], color="black")
     left.set(title="training loss", xlabel="step", ylabel="mean squared error")
     names = [n for n in log[-1]["held_out_loss"] if n != "raw"]
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.85, 0.1, max(len(names) // 2, 1)))
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.9, max(len(names) // 2, 1)))
     for i, name in enumerate(names):
         right.plot([x["step"] for x in log], [x["held_out_loss"].get(name) for x in log],
                    color=colors[i // 2], ls="--" if name.endswith("debiased") else "-",
                    label=f"EMA {name}")
-    right.plot([x["step"] for x in log], [x["held_out_loss"]["raw"] for x in log], color=ORANGE,
+    right.plot([x["step"] for x in log], [x["held_out_loss"]["raw"] for x in log], color=RAW,
                label="raw")
     right.set(title="held-out loss, fixed images, times and noise", xlabel="step")
     for axis in (left, right):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     right.legend(frameon=False)
@@ -1563,7 +1629,7 @@ def plot_curves(args):
 # ==================================================================================================
 
 SMALL = {  # minutes on two CPU cores
-    "preset": "small", "data": "glyphs", "decay": ["0.999"], "steps": 3200, "stages": [1.0],
+    "preset": "small", "data": "glyphs", "decay": ["0.999"], "steps": 3600, "stages": [1.0],
     "batch_size": 32, "accumulate": 1, "lr": 2e-3, "warmup": 100, "flip": False, "seed": 0,
     "objective": "v", "schedule": "cosine", "network": {}, "save_every": 500, "log_every": 100,
     "sampler": "dpm++", "sample_steps": 16, "num_samples": 2048, "features": "", "device": "auto"}
@@ -1619,9 +1685,9 @@ def make_parser():
         parser.add_argument(flag, help=text + (f"\n[{default}]" if default != "" else ""),
                             **{"metavar": flag[2:].upper()} | settings)
 
-    count = number(int, 1)
-    add("--decay", "EMA decays to compare, separated by commas: a number in [0, 1); step (the plain\n"
-        "average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width)",
+    count = number(int, 1, 10**8)
+    add("--decay", "EMA decays to compare, separated by commas: a number in [0, 1); step (the\n"
+        "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width)",
         type=several(parse_decay))
     add("--data", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
         "their classes in sub-folders; or an .npz file with `images` and perhaps `labels`")
@@ -1641,7 +1707,7 @@ def make_parser():
     add("--sampler", "ddpm: ancestral; ddim: deterministic; dpm++: DPM-Solver++(2M)",
         choices=SAMPLERS, metavar=None)
     add("--sample-steps", "network evaluations per sample, at most 1000", type=number(int, 1, 1000))
-    add("--num-samples", "samples per row of the table", type=number(int, 16))
+    add("--num-samples", "samples per row of the table", type=number(int, 16, 10**8))
     add("--save-every", "steps between checkpoints", type=count)
     add("--log-every", "steps between lines of metrics.jsonl", type=count)
     add("--features", "TorchScript file that maps uint8 [N, 3, H, W] to features, such as\n"
@@ -1658,7 +1724,8 @@ def resolve(given):
     Raises ValueError or OSError, in one line, where they do not fit together.
     """
     args = PRESETS[given.get("preset", "small")] | given
-    out = Path(args.setdefault("out", Path("runs", Path(args["data"]).stem)))
+    name = Path(args["data"]).resolve().stem if args["preset"] == "small" else args["preset"]
+    out = Path(args.setdefault("out", Path("runs", name)))
     if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
         raise ValueError(f"--out {out} is, or lies below, a file; give a folder")
     checkpoint = None
@@ -1670,6 +1737,8 @@ def resolve(given):
         if changed:
             raise ValueError(f"{out} holds a run with other settings: {', '.join(changed)}; "
                              "leave them out, or choose another --out")
+    elif read_results(out):
+        raise ValueError(f"{out} holds results without their checkpoint; give another --out")
     args.setdefault("tracked", args["decay"])
     args["saved"] = {k: v for k, v in args.items() if k not in ("out", "device", "saved")}
     args = argparse.Namespace(**args)
@@ -1680,16 +1749,20 @@ def resolve(given):
     reached = checkpoint["step"] if checkpoint else 0
     if args.steps < reached:
         raise ValueError(f"--steps {args.steps} is less than the {reached} of the run in {out}")
-    lost = [s for s in args.stage_steps if s < reached and not stage_path(out, s, args.steps).exists()]
+    lost = [step for step in args.stage_steps
+            if step < reached and not stage_path(out, step, args.steps).exists()]
     if lost:
         raise ValueError(f"{out} kept no checkpoint at step {lost[0]}: ask for --stages before "
                          "training")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        known = torch.device(args.device).type in ("cpu", "cuda")
         torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {args.device} is not to be had here; cpu always is") from None
+    except (RuntimeError, AssertionError, ImportError):
+        known = False
+    if not known:
+        raise ValueError(f"--device {args.device} is not to be had here; give cpu, cuda or cuda:1")
     if args.features:
         try:
             torch.jit.load(args.features, map_location="cpu")
@@ -1717,7 +1790,8 @@ def print_configuration(args, data, held_out, model, network, diffusion, start):
           f"output     {args.out}")
     if start == args.steps:
         return
-    x0 = data.x0(torch.arange(args.batch_size, device=data.device) % len(data))
+    batch_size = args.batch_size // args.accumulate
+    x0 = data.x0(torch.arange(batch_size, device=data.device) % len(data))
     t = torch.zeros(len(x0), dtype=torch.long, device=data.device)
     seconds = {True: math.inf, False: math.inf}  # the least time with and without gradients
     for grad in (True, False) * 4:
@@ -1730,8 +1804,8 @@ def print_configuration(args, data, held_out, model, network, diffusion, start):
         seconds[grad] = min(seconds[grad], time.perf_counter() - tick)
     model.zero_grad()
     num_evaluated = len(args.stage_steps) * (1 + 2 * len(args.decay)) * args.num_samples
-    total = (args.steps - start) * seconds[True] + (
-        num_evaluated * args.sample_steps / args.batch_size * seconds[False])
+    total = (args.steps - start) * args.accumulate * seconds[True] + (
+        num_evaluated * args.sample_steps / batch_size * seconds[False])
     print(f"estimated  {total / 60:.0f} minutes", flush=True)
 
 
@@ -1741,8 +1815,9 @@ def main(argv=None):
     try:
         args, checkpoint = resolve(given)
         data, held_out = load_data(args.data).to(args.device).split()
-        torch.manual_seed(seed_of(args.seed))
-        model = UNet(data.images.shape[1], **args.network).to(args.device)
+        torch.manual_seed(seed_of("init", args.seed))
+        model = UNet(data.images.shape[1], **args.network)
+        model = model.to(args.device, memory_format=torch.channels_last)  # a fifth faster
 
         def network(x, t):  # bfloat16 on a GPU
             with torch.autocast(data.device.type, torch.bfloat16, data.device.type == "cuda"):
@@ -1752,28 +1827,40 @@ def main(argv=None):
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         ema = EMA(model, args.tracked)
         held_out_loss(network, diffusion, held_out, num_images=1)  # do the shapes fit?
+        if args.features and not (data.is_pictures and data.images.shape[1] in (1, 3)):
+            raise ValueError("--features takes pictures with 1 or 3 channels, no other data")
+        args.saved["data_shape"] = [len(data), *data.images.shape[1:], data.num_classes]
+        if checkpoint and checkpoint["args"]["data_shape"] != args.saved["data_shape"]:
+            raise ValueError(f"{args.data} has changed since the run in {args.out} began")
         step, running = 0, torch.zeros(3, device=data.device)
         if checkpoint:
             step, running = checkpoint["step"], checkpoint["running"].to(data.device)
             for part, name in ((model, "model"), (optimizer, "optimizer"), (ema, "ema")):
                 part.load_state_dict(checkpoint[name])
-        for decay in args.decay:
-            ema.error_bound(decay)  # is it tracked, or can it be read out?
+        probe = EMA(nn.Linear(1, 1), args.tracked)
+        for probe.step in args.stage_steps:
+            for decay in args.decay:
+                probe.error_bound(decay)  # is it tracked, or can it be read out?
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(error)
     print_configuration(args, data, held_out, model, network, diffusion, step)
-    if step < args.steps and not train(args, step, running, model, network, diffusion, ema,
-                                       optimizer, data, held_out):
-        sys.exit(130)
+    if step < args.steps:
+        with catching_signals() as signals:
+            train(args, step, running, signals, model, network, diffusion, ema, optimizer, data,
+                  held_out)
     if missing := missing_rows(args):
         load_stage(args, args.stage_steps[-1], model, ema)
         plot_samples(args, network, diffusion, ema, data)
         plot_curves(args)
         evaluate(args, missing, model, network, diffusion, ema, data, held_out)
-    print_table(args)
     print_cards(args, ema)
+    print_table(args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # while training, the loop catches it
+        print("\nstopped; the same command goes on from here")
+        sys.exit(130)

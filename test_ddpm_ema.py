@@ -432,6 +432,26 @@ def test_compiled_and_wrapped_models_have_bare_names_and_move():
             assert torch.equal(bare[4].weight, weights["4.weight"])
 
 
+def test_what_cannot_be_averaged_is_refused():
+    with pytest.raises(ValueError, match="no parameters"):
+        EMA(nn.ReLU())
+    with pytest.raises(ValueError, match="above 0"):
+        EMA(mlp(), ladder=(0, 0.9))
+
+
+def test_a_part_may_be_called_module():
+    """Only what wraps the whole model is taken off its names."""
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    model = Wrapper()
+    ema = EMA(nn.DataParallel(model), [0.9])
+    assert set(ema.weights(0.9)) == {"module.weight", "module.bias"}
+    model.load_state_dict(ema.weights(0.9))
+
+
 def test_low_precision_parameters_have_float32_averages_that_move():
     model = mlp().bfloat16()
     ema, oracle = EMA(model, [0.9999]), Oracle(model, [0.9999])
@@ -870,8 +890,16 @@ def test_glyphs_have_known_modes():
     assert images.mean() > 30
 
 
+def test_npz_of_integers(tmp_path):
+    np.savez(tmp_path / "x.npz", images=PIXELS[:, :, :, None].astype(np.int64))
+    data = load_data(str(tmp_path / "x.npz"))
+    assert data.is_pictures and np.array_equal(data.images[:, 0], PIXELS) and data.labels is None
+    assert data.num_classes == 2  # upright and upside down
+
+
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 def test_idx_folder(tmp_path, pack):
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(PIXELS)))
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(pack(idx_bytes(PIXELS)))
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(pack(idx_bytes(CLASSES)))
     data = load_data(str(tmp_path))
@@ -883,15 +911,15 @@ def test_idx_folder(tmp_path, pack):
 
 
 def test_image_folder_with_classes(tmp_path):
-    for i in range(12):
+    for i in range(24):
         folder = tmp_path / "ab"[i % 2]
         folder.mkdir(exist_ok=True)
         colour = np.stack([PIXELS[i]] * 3, axis=2)
         matplotlib.image.imsave(folder / f"{i:02}.png", colour)
     data = load_data(str(tmp_path))
-    assert data.images.shape == (12, 3, 8, 12) and data.names == ["a", "b"]
-    assert np.array_equal(data.images[:6, 1], PIXELS[:12:2])
-    assert data.labels.tolist() == [0] * 6 + [1] * 6
+    assert data.images.shape == (24, 3, 8, 12) and data.names == ["a", "b"]
+    assert np.array_equal(data.images[:12, 1], PIXELS[:24:2])
+    assert data.labels.tolist() == [0] * 12 + [1] * 12
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 3, 1)])
@@ -1142,6 +1170,9 @@ def test_resumed_equals_uninterrupted(bars, tmp_path, flags):
                     for name in ("whole", "parts"))
     for key in ("step", "model", "optimizer", "ema"):
         assert equal(whole[key], parts[key]), key
+    logs = [[line | {"images_per_second": 0} for line in ddpm_ema.read_log(tmp_path / name)
+             if line["step"] != 3] for name in ("whole", "parts")]  # 3: the end of the first part
+    assert logs[0] == logs[1]
     rows = rows_of(tmp_path / "parts")
     assert rows_of(tmp_path / "whole") == [r for r in rows if r["step"] == "7"]
 
@@ -1162,6 +1193,17 @@ def test_interruption_saves_and_continues(bars, tmp_path):
     run(bars, out, "--steps", str(step + 2))
     log = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert log == sorted(set(log)) and log[-1] == step + 2
+
+
+def test_a_diverged_run_says_so(bars, tmp_path):
+    with pytest.raises(SystemExit, match="lower --lr"):
+        run(bars, tmp_path / "run", "--steps", "20", "--lr", "1e30")
+
+
+def test_the_end_is_saved_though_it_is_no_stage(bars, tmp_path):
+    run(bars, tmp_path / "run", "--steps", "4", "--stages", "0.5")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert {row["step"] for row in rows_of(tmp_path / "run")} == {"2"}
 
 
 def test_accumulation_gives_the_same_gradient(bars, tmp_path):
@@ -1189,13 +1231,23 @@ def test_accumulation_gives_the_same_gradient(bars, tmp_path):
     (["--out", "{first}", "--steps", "2"], "less than"),
     (["--out", "{first}", "--stages", "0.25"], "kept no checkpoint"),
     (["--out", "{first}", "--decay", "step"], "ladder's range"),
+    (["--out", "{first}", "--data", "{other}"], "--data"), (["--data", ""], "glyphs"),
+    (["--data", "{bare}"], "not an .npz"), (["--data", "{few}"], "20 is the least"),
+    (["--device", "meta"], "cpu, cuda"), (["--steps", "1" + "0" * 40], "100"),
+    (["--out", "{alien}"], "not a table"), (["--out", "{orphan}"], "without their checkpoint"),
 ])
 def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
-    names = {n: tmp_path / n for n in ("empty", "unequal", "wrong", "run")}
-    names |= {n: tmp_path / f"{n}.npz" for n in ("nan", "broken", "odd")}
+    names = {n: tmp_path / n for n in ("empty", "unequal", "wrong", "alien", "orphan", "run")}
+    names |= {n: tmp_path / f"{n}.npz" for n in ("nan", "broken", "odd", "bare", "few", "other")}
     names["first"] = bars / "first"
-    for name in ("empty", "unequal", "wrong"):
+    for name in ("empty", "unequal", "wrong", "alien", "orphan"):
         names[name].mkdir()
+    (names["alien"] / "results.csv").write_text("a,b\n1,2\n")
+    shutil.copy(bars / "first" / "results.csv", names["orphan"])
+    np.save(names["few"].with_suffix(".npy"), np.zeros(3))
+    names["few"].with_suffix(".npy").rename(names["bare"])
+    np.savez(names["few"], images=np.zeros((12, 1, 8, 8), np.uint8))
+    np.savez(names["other"], images=np.zeros((30, 1, 8, 8), np.uint8))
     matplotlib.image.imsave(names["unequal"] / "a.png", np.zeros((4, 4)))
     matplotlib.image.imsave(names["unequal"] / "b.png", np.zeros((4, 8)))
     np.savez(names["nan"], images=np.full((20, 1, 8, 8), np.nan))
@@ -1451,6 +1503,30 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         toy2d.replace_file(tmp_path / "results.csv", broken)
     assert (tmp_path / "results.csv").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+
+
+# ==================================================================================================
+# README
+# ==================================================================================================
+
+README = Path(ddpm_ema.__file__).with_name("README.md").read_text()
+
+
+def test_readme_code_runs():
+    """Every Python block of README, one after another, with the names that they start from."""
+    names = {"torch": torch, "EMA": EMA, "Diffusion": Diffusion, "x0": torch.randn(4, 1, 16, 16),
+             "network": UNet(width=8), "evaluate": lambda model: None}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 4
+    for block in blocks:
+        exec(block, names)  # noqa: S102
+    assert names["x_t"].shape == (16, 1, 16, 16)
+    assert names["ema"].step == 2000  # 1,000 steps of the loop, 1,000 accumulated ones
+
+
+def test_readme_commands_are_those_of_ci():
+    assert "-m pytest -q" in README and "python -m pytest -q" in Path(ddpm_ema.__file__).with_name(
+        ".ci").joinpath("run").read_text()
 
 
 # ==================================================================================================

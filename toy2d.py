@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 from numba import njit, prange, types
 from numba.extending import overload
 
-from ddpm_ema import EMA, parse_decay
+from ddpm_ema import EMA
 
 GENERATIONS = 7
 BRANCHES = 2**GENERATIONS - 1
@@ -481,13 +481,17 @@ def parse_arguments(arguments):
     add("--out", type=Path, default=Path("runs/toy2d"), help="folder for the table and pictures")
     add("--device", default="cpu", help="device of the denoiser")
     options = parser.parse_args(arguments)
-    least = {"steps": 8, "seed": 0, "seeds": 1, "batch_size": 1, "depth": 1, "hidden": 1}
-    for name, value in least.items():
-        if not value <= getattr(options, name) < 2**31:
+    allowed = {"steps": (8, 10**7), "seed": (0, 2**31), "seeds": (1, 1000),
+               "batch_size": (1, 10**6), "depth": (1, 100), "hidden": (1, 10**4)}
+    for name, (low, high) in allowed.items():
+        if not low <= getattr(options, name) <= high:
             name = name.replace("_", "-")
-            parser.error(f"--{name}: not a whole number of at least {value}")
+            parser.error(f"--{name}: not a whole number from {low} to {high}")
     try:
-        options.decay = list(dict.fromkeys(parse_decay(decay) for decay in options.decay.split(",")))
+        understood = EMA(torch.nn.Linear(1, 1), options.decay.split(","), ladder=None).decays
+        options.decay = list(dict.fromkeys(understood))
+        if torch.device(options.device).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {options.device}: give cpu, cuda or cuda:1")
         torch.empty(0, device=options.device)
         options.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
@@ -509,7 +513,8 @@ def print_table(results, shares):
     report(f"{'weights':>25} {'init share':>10} {header}")
     for (step, weights, decay, debias), values in results.items():
         values = np.concatenate([values[:, :3], tail_mass(values)[:, None], values[:, 3:]], axis=1)
-        cells = [f"{m:.3f} ±{s:.3f}" for m, s in zip(values.mean(0), values.std(0, ddof=len(values) > 1))]
+        spreads = values.std(0, ddof=len(values) > 1)
+        cells = [f"{m:.3f} ±{s:.3f}" for m, s in zip(values.mean(0), spreads)]
         label = f"{step} {weights} {decay}{' debiased' if debias else ''}"
         share = f"{shares[step, decay]:.2g}" if decay else ""
         report(f"{label:>25} {share:>10} " + " ".join(f"{cell:>11}" for cell in cells))
@@ -520,8 +525,7 @@ def main(arguments=None):
     decays, seeds = options.decay, range(options.seed, options.seed + options.seeds)
     stages = [options.steps // 8, options.steps // 4, options.steps // 2, options.steps]
     rehearsal = EMA(torch.nn.Linear(1, 1), decays, ladder=None)
-    for _ in range(options.steps):
-        rehearsal.update()
+    rehearsal.step = options.steps
     shares = (f"{decay}: {rehearsal.init_share(decay):.2g}" for decay in decays)
     report("  ".join(f"{key.replace('_', '-')} {value}" for key, value in vars(options).items()))
     report(f"share of the initial weights at step {options.steps}: {', '.join(shares)}")
@@ -566,10 +570,11 @@ def main(arguments=None):
     table = "\n".join(",".join(map(str, row)) for row in rows) + "\n"
     replace_file(options.out / "results.csv", lambda draft: draft.write_text(table))
     print_table(results, shares)
+    named = {panel[0]: panel for panel in panels}
     with matplotlib.rc_context(STYLE):
         figures = {
             "toy2d.png": plot_samples(panels, tail),
-            "zoom.png": plot_zoom([panels[0], panels[(len(panels) + 1) // 2]]),
+            "zoom.png": plot_zoom([panels[0], named.get("EMA 0.998", panels[-1])]),
             "stages.png": plot_stages(results),
         }
         for name, figure in figures.items():
@@ -579,4 +584,8 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        report("stopped; nothing was written")
+        sys.exit(130)
