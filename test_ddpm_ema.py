@@ -1195,6 +1195,39 @@ def test_interruption_saves_and_continues(bars, tmp_path):
     assert log == sorted(set(log)) and log[-1] == step + 2
 
 
+@pytest.mark.parametrize("images", [
+    PIXELS[:, None], np.random.default_rng(0).normal(size=(40, 5, 8, 8))], ids=["wide", "latents"])
+def test_data_without_labels(images, tmp_path):
+    np.savez(tmp_path / "data.npz", images=images)
+    main(["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), *TINY,
+          "--steps", "2", "--preset", "small"])
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 4 and all(math.isfinite(float(row["fd"])) for row in rows)
+    assert "tail_share" not in rows[0]  # there are no known modes
+    assert matplotlib.image.imread(tmp_path / "run" / "samples.png").std() > 0.01
+
+
+class Colours(nn.Module):
+    """Stands for Inception: TorchScript, uint8 in, with the flag that some of them have."""
+
+    def forward(self, x, return_features: bool = False):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        return x.float().mean((2, 3)) if return_features else x.float()[:, :, 0, 0]
+
+
+def test_features_of_a_file_give_fid(bars, tmp_path):
+    path = tmp_path / "colours.pt"
+    torch.jit.script(Colours()).save(path)
+    run(bars, tmp_path / "run", "--steps", "2", "--features", str(path))
+    rows = rows_of(tmp_path / "run")
+    assert "fid" in rows[0] and "fd" not in rows[0] and rows[0]["features"] == str(path)
+    data, held_out = load_data(str(bars / "bars.npz")).split()
+    means = [part.images[:n].float().mean((1, 2, 3)).double()[:, None].expand(-1, 3)
+             for part, n in ((held_out, 32), (data, 160))]
+    expected = frechet_distance(*moments(means[0]), *moments(means[1]))
+    assert float(rows[0]["fid"]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_diverged_run_says_so(bars, tmp_path):
     with pytest.raises(SystemExit, match="lower --lr"):
         run(bars, tmp_path / "run", "--steps", "20", "--lr", "1e30")
