@@ -161,9 +161,17 @@ class EMA:
         # Step t is in row 1 + (t - 1) % block of `recent`, the last fold's weights are in row 0.
         rows = len(self._rows)
         self._bank = torch.zeros(rows, width, device=device)  # [K, P] d
-        self._recent = torch.zeros(block + 1, width, device=device)  # [block + 1, P] θ
-        self._scratch = torch.empty(block + 1 + rows, min(self._chunk, width), device=device)
+        stored = torch.zeros(block + 2, width, device=device)
+        self._initial, self._recent = stored[0], stored[1:]  # [P] θ_0, [block + 1, P] θ
+        # What a fold reads and writes, chunk by chunk: cut once, since cutting costs time as well.
+        scratch = torch.empty((block + 1 + rows) * min(self._chunk, width), device=device)
         self._squares = torch.zeros(-(-width // self._chunk), device=device)
+        self._chunks, tables = [], (stored.split(self._chunk, 1), self._bank.split(self._chunk, 1))
+        for weights, bank, square in zip(*tables, self._squares):
+            size = weights.shape[1]
+            moves = scratch[: (block + 1) * size].view(block + 1, size)
+            mean = scratch[moves.numel() :][: bank.numel()].view(rows, size)
+            self._chunks.append((weights[1:], weights[:-1], moves, mean, bank, square))
         self._path = torch.zeros((), dtype=torch.float64, device=device)  # Σ ‖δ_t‖²
         self._cuts, self._views, at = [], [[] for _ in self._recent], -low
         for index, (shape, size) in enumerate(zip(self._shapes.values(), sizes)):
@@ -176,7 +184,7 @@ class EMA:
                     views.append(part.view(shape) if whole else part)
             at += size
         self._take(0)
-        self._initial = self._recent[0].clone()  # [P] θ_0
+        self._initial.copy_(self._recent[0])
 
     def _match(self, shapes, where):
         """Raises, naming the parameter, unless `shapes` (by name) are those of the averages."""
@@ -243,8 +251,7 @@ class EMA:
     @torch.no_grad()
     def _fold(self):
         """Folds a full block into the bank, chunk by chunk, in scratch that stays in the cache."""
-        rows, device = len(self._rows), self._bank.device
-        reached = self._reached()
+        device, reached = self._bank.device, self._reached()
         share = reached[:, :1]  # [K, 1] r_1
         # Under a steady drift d += … rounds the same way every time, and the bias adds up over a
         # long horizon. A wobble of the factor of d, of mean zero, turns it into a passing error.
@@ -258,15 +265,10 @@ class EMA:
         allowed = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = "ieee"
-        for index, low in enumerate(range(0, len(self._initial), self._chunk)):
-            columns = slice(low, low + self._chunk)
-            recent, bank = self._recent[:, columns], self._bank[:, columns]
-            scratch = self._scratch.view(-1)[: len(self._scratch) * recent.shape[1]]
-            moves, mean = scratch.view(len(self._scratch), -1).split([self.block + 1, rows])
-            torch.sub(recent[0], self._initial[columns], out=moves[0])
-            torch.sub(recent[1:], recent[:-1], out=moves[1:])
+        for later, earlier, moves, mean, bank, square in self._chunks:
+            torch.sub(later, earlier, out=moves)  # θ_b - θ_0, then δ_1 … δ_m
             steps = moves[1:].view(-1)
-            torch.dot(steps, steps, out=self._squares[index])
+            torch.dot(steps, steps, out=square)
             torch.mm(mix, moves, out=mean)
             bank.lerp_(mean, share)
         for backend, precision in zip(backends, allowed):
