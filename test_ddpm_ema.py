@@ -790,6 +790,7 @@ def test_order_of_convergence(order):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_steps_match_diffusers(eta):
     diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
     if eta:
         theirs, settings = diffusers.DDPMScheduler(1000, clip_sample=True), {}
     else:
@@ -802,7 +803,8 @@ def test_steps_match_diffusers(eta):
     generator = torch.Generator().manual_seed(0)
     for (t, x, x0_hat), (_, after, _) in itertools.pairwise(ours):
         step = theirs.step(net(x), t, x, generator=generator, **settings)
-        torch.testing.assert_close(x0_hat, step.pred_original_sample, rtol=1e-4, atol=1e-5)
+        # Dividing by alpha, 0.006 at the start, makes 1e-5 of float32's rounding.
+        torch.testing.assert_close(x0_hat, step.pred_original_sample, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(after, step.prev_sample, rtol=1e-4, atol=1e-4)
     assert t == 0
 
