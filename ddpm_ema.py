@@ -1455,8 +1455,9 @@ def read_results(out):
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not all(set(RESULT_KEY) <= set(row) for row in rows):
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if not set(RESULT_KEY) <= set(reader.fieldnames or ()):
         raise ValueError(f"{path} is not a table of this program; choose another --out")
     return rows
 

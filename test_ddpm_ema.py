@@ -1277,7 +1277,7 @@ def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
     names["first"] = bars / "first"
     for name in ("empty", "unequal", "wrong", "alien", "orphan"):
         names[name].mkdir()
-    (names["alien"] / "results.csv").write_text("a,b\n1,2\n")
+    (names["alien"] / "results.csv").write_text("a,b\n")
     shutil.copy(bars / "first" / "results.csv", names["orphan"])
     np.save(names["few"].with_suffix(".npy"), np.zeros(3))
     names["few"].with_suffix(".npy").rename(names["bare"])
