@@ -1317,6 +1317,49 @@ def held_out_loss(network, diffusion, data, num_images=128):
     return diffusion.loss(network, x0, t, eps).mean().item()
 
 
+def flatten(model):
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])  # [P]
+
+
+def trajectory(displacements, size=64):
+    """Where raw and averaged weights are: of name -> θ - θ_0 [P], distances and a sketch.
+
+    distance[a]["init"] and distance[a][b] are Euclidean norms. sketch[a] [size] is a fixed random
+    linear map of the displacement (a count sketch, Charikar et al. 2002, doi:10.1007/3-540-45465-9_59)
+    that keeps distances to about 1 / (2 size)^½, 9%; whole trajectories are projected from it.
+    """
+    names, points = list(displacements), torch.stack([*displacements.values()])  # [n, P]
+    signs = 2 * torch.randint(2, points.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
+    folded = F.pad(points * signs.to(points), (0, -points.shape[1] % size))
+    sketch = folded.view(len(names), -1, size).sum(1)  # [n, size]
+    distance = {}
+    for i, name in enumerate(names):
+        others = torch.cat([points[:1] * 0, points[:i]])
+        norms = (others - points[i]).norm(dim=1)  # [1 + i]
+        distance[name] = dict(zip(["init", *names], map(significant, norms.tolist())))
+    return {"distance": distance,
+            "sketch": {n: [*map(significant, row)] for n, row in zip(names, sketch.tolist())}}
+
+
+def significant(value):
+    """Six digits: what float32 holds, and short lines."""
+    return float(f"{value:.6g}")
+
+
+def convergence(lines):
+    """Of the log so far: the held-out losses' spread, and when each reached what raw has now.
+
+    held_out_sd: standard deviation over the last quarter of the steps. reached: the first step of
+    the log whose loss is not above raw's mean over that quarter; None if there is none.
+    """
+    quarter = [x["held_out_loss"] for x in lines if x["step"] >= 0.75 * lines[-1]["step"]]
+    level = np.mean([losses["raw"] for losses in quarter])
+    spread = {n: np.std([losses[n] for losses in quarter]).item() for n in quarter[-1]}
+    reached = {n: next((x["step"] for x in lines if x["held_out_loss"][n] <= level), None)
+               for n in spread}
+    return {"held_out_sd": spread, "reached": reached}
+
+
 @contextlib.contextmanager
 def catching_signals():
     """Gives a list that Ctrl-C and SIGTERM fill, for the loop to stop between two steps."""
@@ -1330,22 +1373,23 @@ def catching_signals():
             signal.signal(number, handler)
 
 
-def train(args, start, running, signals, model, network, diffusion, ema, optimizer, data, held_out):
+def train(args, start, running, signals, model, origin, network, diffusion, ema, optimizer, data,
+          held_out):
     """The loop: first log and save, then train, so that the last step is no special case.
 
     Everything random is a function of (seed, step), so a run that was interrupted ends with the
     same bits as one that was not. `signals` is empty until one of them asks to save and stop.
     `running` [3]: loss, gradient norm and their count since the last line of the log; they are
-    read off the device only there.
+    read off the device only there. `origin` [P] are the initial weights.
     """
-    log = {line["step"]: json.dumps(line) + "\n" for line in read_log(args.out)
-           if line["step"] <= start}
+    log = [line for line in read_log(args.out) if line["step"] <= start]
     with replacing(args.out / "metrics.jsonl") as path:
-        path.write_text("".join(log.values()))
+        path.write_text("".join(json.dumps(line) + "\n" for line in log))
+    logged = {line["step"] for line in log}
     tick, tick_step = time.perf_counter(), start
 
     for step in range(start, args.steps + 1):
-        if step not in log and (step % args.log_every == 0 or step == args.steps):
+        if step not in logged and (step % args.log_every == 0 or step == args.steps):
             loss, norm, count = running.tolist()
             if not math.isfinite(loss + norm):
                 sys.exit(f"training diverged before step {step}; a lower --lr may help")
@@ -1353,14 +1397,18 @@ def train(args, start, running, signals, model, network, diffusion, ema, optimiz
                 running.zero_()
             speed = (step - tick_step) * args.batch_size / (time.perf_counter() - tick)
             model.eval()
-            held_out_losses = {}
+            losses, displacements = {}, {}
             for weights in raw_and_ema(args.tracked):
                 with weights.on(ema):
-                    held_out_losses[str(weights)] = held_out_loss(network, diffusion, held_out)
+                    losses[str(weights)] = held_out_loss(network, diffusion, held_out)
+                    if not weights.debias:
+                        displacements[str(weights)] = flatten(model) - origin
             model.train()
             line = {"step": step, "loss": loss / count if count else None,
                     "images_per_second": speed, "grad_norm": norm / count if count else None,
-                    "held_out_loss": held_out_losses}
+                    "held_out_loss": losses}
+            log.append(line)
+            line |= convergence(log) | trajectory(displacements)
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             if count:
@@ -1823,6 +1871,7 @@ def main(argv=None):
         torch.manual_seed(seed_of("init", args.seed))
         model = UNet(data.images.shape[1], **args.network)
         model = model.to(args.device, memory_format=torch.channels_last)  # a fifth faster
+        origin = flatten(model)
 
         def network(x, t):  # bfloat16 on a GPU
             with torch.autocast(data.device.type, torch.bfloat16, data.device.type == "cuda"):
@@ -1852,8 +1901,8 @@ def main(argv=None):
     print_configuration(args, data, held_out, model, network, diffusion, step)
     if step < args.steps:
         with catching_signals() as signals:
-            train(args, step, running, signals, model, network, diffusion, ema, optimizer, data,
-                  held_out)
+            train(args, step, running, signals, model, origin, network, diffusion, ema, optimizer,
+                  data, held_out)
     if missing := missing_rows(args):
         load_stage(args, args.stage_steps[-1], model, ema)
         plot_samples(args, network, diffusion, ema, data)
