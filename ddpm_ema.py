@@ -796,12 +796,14 @@ class UNet(nn.Module):
 import argparse
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import http.client
 import json
 import os
 import signal
+import string
 import struct
 import sys
 import tarfile
@@ -1247,7 +1249,14 @@ def measure(features, probs, real, num_bootstrap=20):
 # Training and evaluation
 # ==================================================================================================
 
-METRICS = ("fd", "fid", "is", "precision", "recall", "tail_share", "covered_modes", "tv", "legible")
+METRICS = {  # 1: lower is better, -1: higher, 0: nearer to 1
+    "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
+    "covered_modes": -1, "tv": 1, "legible": -1, "held_out_loss": 1}
+SWEEP = ("0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999",
+         "0.999999")
+CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
+    "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
+    "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 
 
@@ -1266,6 +1275,10 @@ class Weights(NamedTuple):
         if self.kind == "ema":
             return ema.applied(self.decay, self.debias)
         return contextlib.nullcontext()
+
+
+def weights_of(row):
+    return Weights(row["weights"], row["decay"], row["debias"] == "1")
 
 
 def raw_and_ema(decays):
@@ -1292,13 +1305,6 @@ def stage_path(out, step, last_step):
     return out / ("checkpoint.pt" if step == last_step else f"checkpoint-{step}.pt")
 
 
-def load_stage(args, step, model, ema):
-    checkpoint = load_checkpoint(stage_path(args.out, step, args.steps))
-    model.load_state_dict(checkpoint["model"])
-    ema.load_state_dict(checkpoint["ema"])
-    model.eval()
-
-
 def read_log(out):
     """The lines of metrics.jsonl; one that an interruption tore is left out."""
     lines, path = [], out / "metrics.jsonl"
@@ -1314,7 +1320,8 @@ def held_out_loss(network, diffusion, data, num_images=128):
     x0 = data.x0(torch.arange(min(num_images, len(data)), device=data.device))
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
     t = torch.linspace(0, diffusion.num_steps - 1, len(x0), device=x0.device).round().long()
-    return diffusion.loss(network, x0, t, eps).mean().item()
+    parts = zip(*(part.split(128) for part in (x0, t, eps)))
+    return torch.cat([diffusion.loss(network, *part) for part in parts]).mean().item()
 
 
 def flatten(model):
@@ -1325,8 +1332,8 @@ def trajectory(displacements, size=64):
     """Where raw and averaged weights are: of name -> θ - θ_0 [P], distances and a sketch.
 
     distance[a]["init"] and distance[a][b] are Euclidean norms. sketch[a] [size] is a fixed random
-    linear map of the displacement (a count sketch, Charikar et al. 2002, doi:10.1007/3-540-45465-9_59)
-    that keeps distances to about 1 / (2 size)^½, 9%; whole trajectories are projected from it.
+    linear map of the displacement (a count sketch, Charikar et al. 2002) that keeps
+    distances to about 1 / (2 size)^½, 9%; whole trajectories are projected from it.
     """
     names, points = list(displacements), torch.stack([*displacements.values()])  # [n, P]
     signs = 2 * torch.randint(2, points.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
@@ -1407,8 +1414,9 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
             line = {"step": step, "loss": loss / count if count else None,
                     "images_per_second": speed, "grad_norm": norm / count if count else None,
                     "held_out_loss": losses}
+            regular = [x for x in log if x["step"] % args.log_every == 0]
+            line |= convergence([*regular, line]) | trajectory(displacements)
             log.append(line)
-            line |= convergence(log) | trajectory(displacements)
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             if count:
@@ -1493,47 +1501,95 @@ def load_extractor(args, data, held_out):
     return extract
 
 
-RESULT_KEY = ("step", "weights", "decay", "debias", "sampler", "sample_steps", "num_samples",
-              "features")
+ROW_KEY = ("step", "weights", "decay", "debias")
+RESULT_KEY = (*ROW_KEY, "sampler", "sample_steps", "num_samples", "features")
 
 
-def read_results(out):
-    """The rows of results.csv, all values text; ValueError if it is not ours."""
-    path = out / "results.csv"
+def read_rows(path, key=RESULT_KEY):
+    """The rows of a table, all values text; ValueError if it is not ours."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    if not set(RESULT_KEY) <= set(reader.fieldnames or ()):
+    if not set(key) <= set(reader.fieldnames or ()):
         raise ValueError(f"{path} is not a table of this program; choose another --out")
     return rows
 
 
-def write_results(out, rows):
+def write_rows(path, rows):
     names = [m for m in METRICS if any(row.get(m) not in (None, "") for row in rows)]
-    columns = [*RESULT_KEY[:4], "init_share", *names, *(f"{n}_sd" for n in names), *RESULT_KEY[4:]]
-    with replacing(out / "results.csv") as path, open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
+    columns = [*ROW_KEY, "init_share", *names, *(f"{n}_sd" for n in names), *RESULT_KEY[4:]]
+    columns += dict.fromkeys(name for row in rows for name in row if name.startswith("mode_"))
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        known = [name for name in columns if any(name in row for row in rows)]
+        writer = csv.DictWriter(file, known, restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def missing_rows(args):
+def load_stage(args, step, model, ema):
+    model.eval()
+    if ema.step != step:
+        checkpoint = load_checkpoint(stage_path(args.out, step, args.steps))
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+
+
+@torch.no_grad()
+def rate_decays(args, model, network, diffusion, ema, held_out):
+    """held_out.csv: at every stage the held-out loss of raw and of all CANDIDATES, then measured.
+
+    Averages of decays that were not tracked come out of the ladder; only the losses cost time.
+    """
+    path = args.out / "held_out.csv"
+    rows = read_rows(path, ROW_KEY)
+    done = {(row["step"], weights_of(row)) for row in rows}
+    for step in args.stage_steps:
+        missing = [weights for weights in raw_and_ema(dict.fromkeys([*CANDIDATES, *args.decay]))
+                   if (str(step), weights) not in done]
+        if missing:
+            load_stage(args, step, model, ema)
+        for number, weights in enumerate(missing, 1):
+            show(f"held-out loss at step {step}: {number} of {len(missing)}", keep=False)
+            with weights.on(ema):
+                loss = held_out_loss(network, diffusion, held_out, num_images=512)
+            share = ema.init_share(weights.decay) if weights.decay else ""
+            key = dict(zip(ROW_KEY, (str(step), *weights[:2], str(int(weights.debias)))))
+            rows.append(key | {"init_share": str(share), "held_out_loss": str(loss)})
+        if missing:
+            write_rows(path, rows)
+            show(f"held-out loss at step {step}: {len(missing)} rows", not sys.stdout.isatty())
+    return rows
+
+
+def choose(held_out, step):
+    """The candidates at a step, from the lowest held-out loss to the highest: rows of rate_decays."""
+    rows = [row for row in held_out if row["step"] == str(step) and row["decay"] in CANDIDATES]
+    return sorted(rows, key=lambda row: float(row["held_out_loss"]))
+
+
+def stage_weights(args, step, held_out):
+    """What is evaluated at a stage, besides real."""
+    chosen = [weights_of(choose(held_out, step)[0])] if args.auto else []
+    return list(dict.fromkeys([*raw_and_ema(args.decay), *chosen]))
+
+
+def missing_rows(args, held_out):
     """(step, Weights, key) of the rows that results.csv does not hold yet, stage after stage."""
-    done = {tuple(row[k] for k in RESULT_KEY) for row in read_results(args.out)}
+    done = {tuple(row[k] for k in RESULT_KEY) for row in read_rows(args.out / "results.csv")}
     rows = [(step, weights, tuple(map(str, (
                 step, weights.kind, weights.decay, int(weights.debias), args.sampler,
                 args.sample_steps, args.num_samples, args.features))))
             for step in args.stage_steps
-            for weights in (Weights("real"), *raw_and_ema(args.decay))]
+            for weights in (Weights("real"), *stage_weights(args, step, held_out))]
     return [row for row in rows if row[2] not in done]
 
 
 @torch.no_grad()
 def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
     """Measure the missing rows; each is in results.csv as soon as it is known."""
-    rows = read_results(args.out)
+    rows = read_rows(args.out / "results.csv")
     extract = load_extractor(args, data, held_out)
 
     def features_of(batches, what):
@@ -1555,40 +1611,99 @@ def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
         shares = data.labels.bincount(minlength=data.num_classes).double() / len(data)
     real = {"moments": moments(features), "features": features[:args.num_samples], "shares": shares}
     for number, (step, weights, key) in enumerate(missing, 1):
-        if step != ema.step:
-            load_stage(args, step, model, ema)
+        load_stage(args, step, model, ema)
         what = f"evaluating {number} of {len(missing)}: step {step}, {weights}"
-        with weights.on(ema):
-            batches = (stored(held_out, args.num_samples) if weights.kind == "real" else
-                       draw_samples(args, network, diffusion, data, args.num_samples))
-            metrics = measure(*features_of(batches, what), real)
-        if args.features:
-            metrics = {k.replace("fd", "fid"): v for k, v in metrics.items()}
         share = ema.init_share(weights.decay) if weights.kind == "ema" else ""
-        row = dict(zip(RESULT_KEY, key), init_share=share) | metrics
-        rows.append({k: str(v) for k, v in row.items()})
-        write_results(args.out, rows)
+        row = dict(zip(RESULT_KEY, key)) | {"init_share": str(share)}
+        twin = [r for r in rows if all(r[k] == row[k] or k == "debias" for k in RESULT_KEY)]
+        if weights.debias and share < 2**-25 and twin:  # float32 holds no difference
+            row = twin[0] | row
+        else:
+            with weights.on(ema):
+                batches = (stored(held_out, args.num_samples) if weights.kind == "real" else
+                           draw_samples(args, network, diffusion, data, args.num_samples))
+                features, probs = features_of(batches, what)
+            metrics = measure(features, probs, real)
+            if args.features:
+                metrics = {k.replace("fd", "fid"): v for k, v in metrics.items()}
+            if shares is not None:  # how often each mode comes, over how often it should
+                often = probs.argmax(1).bincount(minlength=len(shares)) / len(probs) / shares
+                metrics |= {f"mode_{n}": v for n, v in zip(data.names, often.tolist())}
+            row |= {k: str(v) for k, v in metrics.items()}
+        rows.append(row)
+        write_rows(args.out / "results.csv", rows)
         show(what, keep=not sys.stdout.isatty())
 
 
-def print_table(args):
-    """The rows of results.csv with this sampler, step after step; every value with its spread."""
-    rows = [row for row in read_results(args.out) if row["sampler"] == args.sampler and
-            row["sample_steps"] == str(args.sample_steps) and row["features"] == args.features and
-            row["num_samples"] == str(args.num_samples)]
-    rows.sort(key=lambda row: int(row["step"]))
-    names = [m for m in METRICS if any(row.get(m) for row in rows)]
+def measured_rows(args):
+    """The rows of results.csv with this sampler, step after step."""
+    settings = {k: str(getattr(args, k)) for k in RESULT_KEY[4:]}
+    rows = [row for row in read_rows(args.out / "results.csv") if settings.items() <= row.items()]
+    return sorted(rows, key=lambda row: int(row["step"]))
+
+
+def metrics_in(rows):
+    return [metric for metric in METRICS if any(row.get(metric) for row in rows)]
+
+
+def cost(row, metric):
+    """A metric turned so that lower is better."""
+    value = float(row[metric])
+    return METRICS[metric] * value if METRICS[metric] else abs(value - 1)
+
+
+def spread(row, metric):
+    return float(row.get(f"{metric}_sd") or 0)
+
+
+def horizon(row):
+    """1 / (1 - decay) in steps, at the row's step; raw is decay 0."""
+    t = torch.tensor([float(row["step"])], dtype=torch.float64)
+    return 1 / decay_rates(row["decay"] or "0", t).item()
+
+
+def print_table(rows):
+    """Every value with its spread; * is the best of the step."""
+    names = metrics_in(rows)
     print(f"\n{'step':>7}  {'weights':18} {'horizon':>9} {'init share':>10}"
-          + "".join(f"{n.replace('_', ' '):>15}" for n in names))
+          + "".join(f"{n.replace('_', ' '):>16}" for n in names))
     for row in rows:
-        weights = Weights(row["weights"], row["decay"], row["debias"] == "1")
-        horizon = share = "-"
-        if weights.kind == "ema":
-            rate = decay_rates(weights.decay, torch.tensor([float(row["step"])]).double()).item()
-            horizon, share = f"{1 / rate:,.0f}", f"{float(row['init_share']):.2g}"
-        values = "".join(f"{float(row[n]):7.3g} ±{float(row[n + '_sd']):<6.1g}" if row.get(n)
-                         else " " * 15 for n in names)
-        print(f"{row['step']:>7}  {weights!s:18} {horizon:>9} {share:>10}{values}")
+        peers = [r for r in rows if r["step"] == row["step"] and r["weights"] != "real"]
+        best = {n: row in peers and cost(row, n) == min(cost(r, n) for r in peers) for n in names}
+        horizon_text = share = "-"
+        if row["weights"] == "ema":
+            horizon_text, share = f"{horizon(row):,.0f}", f"{float(row['init_share']):.2g}"
+        values = "".join(f"{float(row[n]):7.3g}{' *'[best[n]]}±{spread(row, n):<7.1g}"
+                         for n in names)
+        print(f"{row['step']:>7}  {weights_of(row)!s:18} {horizon_text:>9} {share:>10}{values}")
+
+
+def print_choices(args, held_out):
+    """The decay of the lowest held-out loss at each stage, and its neighbours'."""
+    for step in args.stage_steps:
+        losses = {weights_of(row): float(row["held_out_loss"])
+                  for row in held_out if row["step"] == str(step)}
+        best = weights_of(choose(held_out, step)[0])
+        at = CANDIDATES.index(best.decay)
+        beside = [best._replace(decay=CANDIDATES[i]) for i in (at - 1, at + 1)
+                  if 0 <= i < len(CANDIDATES)]
+        print(f"held-out loss at step {step}: raw {losses[Weights('raw')]:.5g}; lowest "
+              f"{losses[best]:.5g} at {best}, beside it "
+              + ", ".join(f"{losses[w]:.5g} at {w}" for w in beside))
+
+
+def print_convergence(args):
+    """What the log says of each average: its last loss, how that wobbles, how soon it got there."""
+    if not (log := read_log(args.out)):
+        return
+    last = log[-1]
+    print(f"\n{'weights':18} {'held-out loss':>14} {'sd, last quarter':>17} "
+          f"{'reaches raw at step':>20} {'from initial':>13} {'from raw':>9}")
+    for name, loss in last["held_out_loss"].items():
+        reached, apart = last["reached"][name], last["distance"].get(name, {})
+        print(f"{name:18} {loss:14.5g} {last['held_out_sd'][name]:17.2g} "
+              f"{'-' if reached is None else reached:>20} {apart.get('init', ''):>13.5} "
+              f"{apart.get('raw', ''):>9.5}")
 
 
 def print_cards(args, ema):
@@ -1602,6 +1717,129 @@ def print_cards(args, ema):
               + ("have stalled" if card["stalls_in_place"] else "not have stalled")
               + f"; read out of the ladder, wrong by at most {ema.error_bound(decay):.1g} "
               f"in Euclidean norm" * (ema.error_bound(decay) > 0))
+
+
+def pool(tables):
+    """One table of several that differ in their seed: the means, and the spread over seeds.
+
+    Rows that are not in all of them are left out; a single table keeps its own spread.
+    """
+    by_key = {}
+    for row in [row for rows in tables for row in rows]:
+        by_key.setdefault(tuple(row[k] for k in ROW_KEY), []).append(row)
+    pooled = []
+    for rows in by_key.values():
+        if len(rows) == len(tables):
+            row = dict(rows[0])
+            for name in [*row] if len(rows) > 1 else ():
+                if (name in METRICS or name.startswith("mode_")) and row[name]:
+                    values = [float(r[name]) for r in rows]
+                    row |= {name: str(np.mean(values)), f"{name}_sd": str(np.std(values, ddof=1))}
+            pooled.append(row)
+    return sorted(pooled, key=lambda row: int(row["step"]))
+
+
+def print_agreement(seed, rows, held_out):
+    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance; [agrees]."""
+    metric, agrees = metrics_in(rows)[0], []  # fd or fid
+    for step in dict.fromkeys(row["step"] for row in rows):
+        measured = {weights_of(r): r for r in rows if r["step"] == step and r["weights"] != "real"}
+        ranked = choose(held_out, step)
+        chosen = measured.get(weights_of(ranked[0])) if ranked else None
+        if chosen is None:  # not a run of --decay auto
+            continue
+        best = min(measured.values(), key=lambda row: cost(row, metric))
+        excess = cost(chosen, metric) - cost(best, metric)
+        agrees.append(excess <= math.hypot(spread(chosen, metric), spread(best, metric)))
+        print(f"step {step}, seed {seed}: held-out loss chooses {weights_of(chosen)}, {metric} "
+              f"{float(chosen[metric]):.3g}; best is {weights_of(best)}, {float(best[metric]):.3g} "
+              f"(sd {spread(best, metric):.2g}): {'agrees' if agrees[-1] else 'differs'}")
+    return agrees
+
+
+def rank(methods):
+    """{(step, Weights, metric): order} of methods {letter: pooled rows}, such as "AB" or "BA!".
+
+    The reference, under Weights("best"), lets every method have its own best decay. ! marks a
+    pair whose order is flipped against it outside the spread, ? one flipped inside: outside means
+    that both differences exceed the root of the summed squares of the two spreads.
+    """
+    tables = [{(r["step"], weights_of(r)): r for r in rows if r["weights"] != "real"}
+              for rows in methods.values()]
+    common = [key for key in tables[0] if all(key in table for table in tables)]
+    orders = {}
+
+    def values(metric, rows):
+        """{letter: (cost, spread)}"""
+        return {x: (cost(row, metric), spread(row, metric)) for x, row in zip(methods, rows)}
+
+    for metric in metrics_in(tables[0].values()):
+        for step in dict.fromkeys(step for step, _ in common):
+            best = values(metric, [min((row for (s, _), row in table.items() if s == step),
+                                       key=functools.partial(cost, metric=metric))
+                                   for table in tables])
+            reference = sorted(methods, key=best.get)
+            orders[step, Weights("best"), metric] = "".join(reference)
+            for weights in [w for s, w in common if s == step]:
+                here = values(metric, [table[step, weights] for table in tables])
+                flips = [all(b[0] - a[0] > math.hypot(a[1], b[1])
+                             for a, b in ((best[x], best[y]), (here[y], here[x])))
+                         for i, x in enumerate(reference) for y in reference[i + 1:]
+                         if here[x][0] > here[y][0]]
+                mark = "!" if any(flips) else "?" if flips else ""
+                orders[step, weights, metric] = "".join(sorted(methods, key=here.get)) + mark
+    return orders
+
+
+def load_methods(paths):
+    """{settings: {seed: (rows, held_out)}} of finished runs; ValueError where one is none."""
+    methods = {}
+    for path in paths:
+        rows = read_rows(path / "results.csv")
+        if not rows or not (path / "checkpoint.pt").exists():
+            raise ValueError(f"{path} holds no finished run; give folders that --out named")
+        args = load_checkpoint(path / "checkpoint.pt")["args"]
+        held_out, found = read_rows(path / "held_out.csv", ROW_KEY), {}
+        for row in rows:
+            settings = {k: args[k] for k in (*FIXED, "steps") if k != "seed"}
+            settings |= {k: row[k] for k in RESULT_KEY[4:]}
+            found.setdefault(tuple(settings.items()), []).append(row)
+        for settings, rows in found.items():
+            seeds = methods.setdefault(settings, {})
+            if args["seed"] in seeds:
+                raise ValueError(f"{path} is a run of the same settings and seed as another one")
+            seeds[args["seed"]] = rows, held_out
+    return methods
+
+
+def report(methods, out):
+    """Runs that differ in their seed are one method; methods of other settings compete."""
+    pooled, names = {}, {}
+    for letter, (settings, seeds) in zip(string.ascii_uppercase, methods.items()):
+        differ = [f"{k} {v}" for k, v in settings if any((k, v) not in other for other in methods)]
+        names[letter] = ", ".join(differ) or "all runs"
+        tables, losses = zip(*seeds.values())
+        pooled[letter] = pool(tables)
+        spread_of = f"{len(seeds)} seeds" if len(seeds) > 1 else "the bootstrap of one seed"
+        print(f"\n{letter}: {names[letter]}; mean and spread of {spread_of}, {len(tables)} runs")
+        print_table(pooled[letter])
+        agrees = [x for seed, both in seeds.items() for x in print_agreement(seed, *both)]
+        if agrees:
+            print(f"the choice by held-out loss is within the spread of the best in {sum(agrees)} "
+                  f"of {len(agrees)}")
+        title = f"{names[letter]}, {spread_of}"
+        plot_sweep(pooled[letter], pool(losses), title, out / f"sweep-{letter}.png")
+        plot_modes(pooled[letter], title, out / f"modes-{letter}.png")
+    if len(methods) > 1:
+        orders = rank(pooled)
+        columns = metrics_in(pooled["A"])
+        print("\nranking, best first; at the best decay of each, then at each decay; flipped "
+              "against the former: ! outside, ? inside the spread")
+        print(f"{'step':>7}  {'weights':18}" + "".join(f"{c.replace('_', ' '):>14}" for c in columns))
+        for step, weights in dict.fromkeys(key[:2] for key in orders):
+            print(f"{step:>7}  {weights!s:18}"
+                  + "".join(f"{orders.get((step, weights, c), ''):>14}" for c in columns))
+        plot_ranking(pooled, names, orders, out / "report.png")
 
 
 # ==================================================================================================
@@ -1620,9 +1858,19 @@ def as_pictures(data, x0):
     return (x0 - x0.amin()) / (x0.amax() - x0.amin()).clamp(min=1e-6)
 
 
-def plot_samples(args, network, diffusion, ema, data):
+def save(figure, path, **settings):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, **settings)
+
+
+def tidy(axis, title, **labels):
+    axis.set(title=title, **labels)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
+def plot_samples(args, weights, network, diffusion, ema, data):
     """samples.png: rows of real images, then raw above EMA from the same noise, several times."""
-    weights = [w for w in raw_and_ema(args.decay) if not w.debias]
     repeats, columns = max(1, 6 // len(weights)), 16
     rows = [("real", data.x0(torch.arange(columns, device=data.device)))]
     drawn = {}
@@ -1643,8 +1891,7 @@ def plot_samples(args, network, diffusion, ema, data):
                   color=RAW if text == "raw" else "black")
     axes[0].set_title(f"{Path(args.data).stem}, step {ema.step}: real images; below, samples from "
                       "the same noise", fontsize=11)
-    with replacing(args.out / "samples.png") as path:
-        figure.savefig(path, dpi=160, bbox_inches="tight")
+    save(figure, args.out / "samples.png", bbox_inches="tight")
 
 
 def plot_curves(args):
@@ -1656,7 +1903,7 @@ def plot_curves(args):
     left, right = figure.subplots(1, 2)
     trained = [line for line in log if line["loss"] is not None]
     left.plot([x["step"] for x in trained], [x["loss"] for x in trained], color="black")
-    left.set(title="training loss", xlabel="step", ylabel="mean squared error")
+    tidy(left, "training loss", xlabel="step", ylabel="mean squared error")
     names = [n for n in log[-1]["held_out_loss"] if n != "raw"]
     colors = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.9, max(len(names) // 2, 1)))
     for i, name in enumerate(names):
@@ -1665,16 +1912,218 @@ def plot_curves(args):
                    label=f"EMA {name}")
     right.plot([x["step"] for x in log], [x["held_out_loss"]["raw"] for x in log], color=RAW,
                label="raw")
-    right.set(title="held-out loss, fixed images, times and noise", xlabel="step")
+    tidy(right, "held-out loss, fixed images, times and noise", xlabel="step")
     for axis in (left, right):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
     right.legend(frameon=False)
-    with replacing(args.out / "curves.png") as path:
-        figure.savefig(path, dpi=150)
+    save(figure, args.out / "curves.png")
+
+
+def plot_training(args):
+    """training.png: held-out losses, their spread and convergence, gradients, trajectories."""
+    if not (log := read_log(args.out)):
+        return
+    steps, last = [line["step"] for line in log], log[-1]
+    names = list(last["distance"])  # raw, then the plain averages
+    colors = dict(zip(names[1:], matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(names)))))
+    colors["raw"] = RAW
+    figure = Figure(figsize=(18, 8.5), layout="constrained")
+    (loss, sd, reached, norm), (initial, raw, apart, plane) = figure.subplots(2, 4)
+
+    for name in names:
+        settings = {"color": colors[name], "label": name, "lw": 1.2}
+        loss.plot(steps, [line["held_out_loss"][name] for line in log], **settings)
+        initial.plot(steps, [line["distance"][name]["init"] for line in log], **settings)
+        if name != "raw":
+            raw.plot(steps, [line["distance"][name]["raw"] for line in log], **settings)
+    tidy(loss, "held-out loss", xlabel="step", yscale="log")
+    loss.legend(frameon=False, fontsize=8, ncols=2)
+    tidy(initial, "distance from the initial weights", xlabel="step")
+    tidy(raw, "distance from the raw weights", xlabel="step")
+
+    for debias, style in ((False, "-"), (True, "--")):
+        rows = sorted((horizon({"step": last["step"], "decay": w.decay}), str(w))
+                      for w in raw_and_ema(args.tracked) if w.debias == debias or w.kind == "raw")
+        at = [h for h, _ in rows]
+        for axis, key in ((sd, "held_out_sd"), (reached, "reached")):
+            axis.plot(at, [math.nan if (v := last[key][n]) is None else v for _, n in rows],
+                      style, marker=".", color="black", label="debiased" if debias else "plain")
+    tidy(sd, "spread of the held-out loss, last quarter", ylabel="standard deviation",
+         yscale="log" if any(last["held_out_sd"].values()) else "linear")
+    tidy(reached, "first step at raw's loss of the last quarter", ylabel="step")
+    for axis in (sd, reached):
+        decay_axis(axis.xaxis)
+        axis.legend(frameon=False, fontsize=8)
+
+    trained = [line for line in log if line["grad_norm"] is not None]
+    norm.plot([x["step"] for x in trained], [x["grad_norm"] for x in trained], color="black")
+    tidy(norm, "gradient norm, mean since the last line", xlabel="step", yscale="log")
+
+    table = np.zeros((len(names) + 1,) * 2)
+    for i, name in enumerate(names, 1):
+        table[i, :i] = table[:i, i] = [last["distance"][name][n] for n in ["init", *names[:i - 1]]]
+    image = apart.imshow(table, cmap="viridis")
+    apart.set(title=f"distances at step {last['step']}", xticks=range(len(table)),
+              yticks=range(len(table)), yticklabels=["initial", *names])
+    apart.set_xticklabels(["initial", *names], rotation=90)
+    figure.colorbar(image, ax=apart, shrink=0.8)
+
+    paths = np.array([[line["sketch"][name] for name in names] for line in log])  # [lines, n, 64]
+    axes = np.linalg.svd(paths.reshape(-1, paths.shape[2]), full_matrices=False)[2][:2]  # [2, 64]
+    for name, path in zip(names, (paths @ axes.T).transpose(1, 0, 2)):
+        plane.plot(*path.T, color=colors[name], lw=0.8 if name == "raw" else 1.4)
+        plane.plot(*path[-1], "o", color=colors[name], ms=4)
+    plane.plot(0, 0, "k*", ms=10)
+    tidy(plane, "trajectories from the initial weights (star)", xlabel="first principal direction",
+         ylabel="second")
+    save(figure, args.out / "training.png")
+
+
+def decay_axis(axis):
+    """A logarithmic axis of horizons, marked with their decays."""
+    powers = range(7)
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}label": "decay"})
+    axis.set_ticks([10**k for k in powers],
+                   ["raw"] + [f"{1 - 10**-k:.{k}f}" for k in powers if k], fontsize=7)
+    axis.set_ticks([], minor=True)
+
+
+def constant(rows, debias):
+    """raw and the constant decays among rows, shortest first; schedules have no place on an axis."""
+    rows = [row for row in rows if row["weights"] == "raw" or
+            (row["decay"][:1].isdigit() and row["debias"] == str(int(debias)))]
+    return sorted(rows, key=horizon)
+
+
+def draw_decays(axis, rows, metric, color, label=None):
+    """A metric against the decay, with its spread; debiased averages are dashed."""
+    for debias, style in ((False, "-"), (True, "--")):
+        line = [row for row in constant(rows, debias) if row.get(metric)]
+        axis.errorbar([*map(horizon, line)], [float(row[metric]) for row in line],
+                      [spread(row, metric) for row in line], color=color, ls=style, marker=".",
+                      ms=4, lw=1.2, elinewidth=0.7, label=None if debias else label)
+    tidy(axis, metric.replace("_", " "))
+    decay_axis(axis.xaxis)
+    if metric in ("fd", "fid", "held_out_loss"):
+        axis.set_yscale("log")
+
+
+def plot_sweep(rows, held_out, title, path):
+    """sweep.png: precision and recall, every metric and the best decays, stage by stage."""
+    names, steps = metrics_in(rows), list(dict.fromkeys(int(row["step"]) for row in rows))
+    at = {step: [row for row in rows if int(row["step"]) == step] for step in steps}
+    held_out_at = {step: [r for r in held_out if int(r["step"]) == step] for step in steps}
+    colors = dict(zip(steps, matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(steps)))))
+    count = len(names) + 4
+    figure = Figure(figsize=(18, 4.2 * -(-count // 4)), layout="constrained")
+    panels = figure.subplots(-(-count // 4), 4).flat
+    figure.suptitle(f"{title}; plain averages solid, debiased dashed, spread as bars")
+
+    axis = next(panels)
+    for step in steps:
+        for debias, style in ((False, "-"), (True, "--")):
+            line = constant(at[step], debias)
+            points = [(float(row["recall"]), float(row["precision"])) for row in line]
+            axis.plot(*zip(*points), style, marker=".", color=colors[step], lw=1,
+                      label=None if debias else f"step {step}")
+            for row, point in zip(line, points) if step == steps[-1] and not debias else ():
+                axis.annotate(row["decay"] or "raw", point, xytext=(3, 3), fontsize=7,
+                              textcoords="offset points")
+    for row in rows[:1]:
+        axis.plot(float(row["recall"]), float(row["precision"]), "k*", ms=9, label="real")
+    tidy(axis, "precision and recall along the decays", xlabel="recall", ylabel="precision")
+    axis.legend(frameon=False, fontsize=8)
+
+    for name in names:
+        axis = next(panels)
+        for step in steps:
+            draw_decays(axis, at[step], name, colors[step], f"step {step}")
+        if name != "fd":
+            axis.axhline(float(rows[0][name]), color="black", lw=0.7, ls=":")
+    axis = next(panels)
+    for step in steps:
+        draw_decays(axis, held_out_at[step], "held_out_loss", colors[step])
+
+    for debias in (False, True):
+        axis = next(panels)
+        for i, name in enumerate([*names, "held_out_loss"]):
+            table = held_out_at if name == "held_out_loss" else at
+            best = []
+            for step in steps:
+                line = [row for row in constant(table[step], debias) if row.get(name)]
+                top = min(line, key=lambda row: cost(row, name))
+                close = [horizon(row) for row in line if cost(row, name) - cost(top, name)
+                         <= math.hypot(spread(row, name), spread(top, name))]
+                best.append((step * 1.03**(i - len(names) / 2), horizon(top), close))
+            x, y, close = zip(*best)
+            axis.errorbar(x, y, [np.subtract(y, [*map(min, close)]),
+                                 np.subtract([*map(max, close)], y)],
+                          marker="o", ms=4, lw=1, elinewidth=0.7, color=f"C{i}",
+                          label=name.replace("_", " "))
+        tidy(axis, f"best {'debiased' if debias else 'plain'} decay; bars: within the spread",
+             xlabel="step", xscale="log")
+        axis.set_xticks(steps, steps)
+        axis.set_xticks([], minor=True)
+        decay_axis(axis.yaxis)
+    axis.legend(frameon=False, fontsize=7, ncols=2)
+    for axis in panels:
+        axis.set_axis_off()
+    save(figure, path)
+
+
+def plot_modes(rows, title, path):
+    """modes.png: how often each mode comes, over how often it should; the rare ones' mass."""
+    modes = [name for name in rows[0] if name.startswith("mode_") and not name.endswith("_sd")]
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    if not modes:
+        return
+    line = constant([row for row in rows if row["step"] == steps[-1]], False)
+    middle = min(line, key=lambda row: cost(row, metrics_in(rows)[0]))
+    long = [row for row in line if row["weights"] == "raw" or float(row["init_share"]) < 0.5][-1]
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    figure.suptitle(title)
+    shown = {id(row): row for row in (line[0], middle, long)}.values()
+    for row, color in zip(shown, (RAW, "#3b8f6b", "#3b4cc0")):
+        often = [max(float(row[name] or 0), 0.03) for name in modes]
+        left.errorbar(range(len(modes)), often, [spread(row, name) for name in modes], color=color,
+                      marker="o", ms=4, lw=1, elinewidth=0.7, label=str(weights_of(row)))
+    left.axhline(1, color="black", lw=0.8)
+    left.set_xticks(range(len(modes)), [name.removeprefix("mode_") for name in modes])
+    tidy(left, f"samples of each mode over its true share, step {steps[-1]}; 0 is drawn at 0.03",
+         yscale="log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.legend(frameon=False)
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(steps)))
+    for step, color in zip(steps, colors):
+        draw_decays(right, [row for row in rows if row["step"] == step], "tail_share", color,
+                    f"step {step}")
+    right.axhline(1, color="black", lw=0.8)
+    right.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def plot_ranking(pooled, names, orders, path):
+    """report.png: every metric at every stage, one line a method; flips are marked."""
+    tables = [*pooled.values()]
+    metrics, steps = metrics_in(tables[0]), list(dict.fromkeys(row["step"] for row in tables[0]))
+    figure = Figure(figsize=(4.2 * len(steps), 2.8 * len(metrics)), layout="constrained")
+    axes = figure.subplots(len(metrics), len(steps), squeeze=False)
+    figure.suptitle("plain averages solid, debiased dashed\nflips of the plain ranking against that "
+                    "at best decays: ! outside, ? inside the spread", fontsize=10)
+    for axis_row, metric in zip(axes, metrics):
+        for axis, step in zip(axis_row, steps):
+            for i, (rows, name) in enumerate(zip(tables, names.values())):
+                draw_decays(axis, [r for r in rows if r["step"] == step], metric, f"C{i}", name)
+            axis.set_title(f"{metric.replace('_', ' ')}, step {step}")
+            for row in constant([row for row in tables[0] if row["step"] == step], False):
+                order = orders.get((step, weights_of(row), metric), "")
+                axis.text(horizon(row), 0.92, order[-1:] if order[-1:] in "!?" else "",
+                          transform=axis.get_xaxis_transform(), ha="center", color="#c00000")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    save(figure, path)
 
 
 # ==================================================================================================
@@ -1728,6 +2177,16 @@ def several(parse):
     return parse_all
 
 
+def decays(text):
+    """An argparse type: the items of --decay; sweep stands for the ten of SWEEP."""
+    def parse(item):
+        try:
+            return item if item == "auto" else parse_decay(item)
+        except ValueError as error:
+            raise ValueError(f"{error}, sweep, auto") from None
+    return several(parse)(text.replace("sweep", ",".join(SWEEP)))
+
+
 def make_parser():
     parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     formatter_class=argparse.RawTextHelpFormatter)
@@ -1740,8 +2199,9 @@ def make_parser():
 
     count = number(int, 1, 10**8)
     add("--decay", "EMA decays to compare, separated by commas: a number in [0, 1); step (the\n"
-        "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width)",
-        type=several(parse_decay))
+        "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width);\n"
+        "sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and\n"
+        "0.99995 that has the lowest held-out loss", type=decays)
     add("--data", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
         "their classes in sub-folders; or an .npz file with `images` and perhaps `labels`")
     add("--out", "folder for checkpoints, tables and pictures [runs/ and the name of the data]",
@@ -1767,6 +2227,9 @@ def make_parser():
         "Inception; the Frechet distance is then called fid [a classifier trained here]")
     add("--preset", "cifar10: the network and training of the DDPM paper; needs a GPU",
         choices=PRESETS, metavar=None)
+    add("--report", "finished runs (folders) to compare instead of training one: runs that differ\n"
+        "in their seed become one method, others compete; pictures go to --out [runs/report]",
+        type=Path, nargs="+", metavar="RUN")
     add("--device", "auto is a GPU where there is one", type=str)
     return parser
 
@@ -1790,11 +2253,13 @@ def resolve(given):
         if changed:
             raise ValueError(f"{out} holds a run with other settings: {', '.join(changed)}; "
                              "leave them out, or choose another --out")
-    elif read_results(out):
+    elif read_rows(out / "results.csv"):
         raise ValueError(f"{out} holds results without their checkpoint; give another --out")
-    args.setdefault("tracked", args["decay"])
+    args.setdefault("tracked", [decay for decay in args["decay"] if decay != "auto"])
     args["saved"] = {k: v for k, v in args.items() if k not in ("out", "device", "saved")}
     args = argparse.Namespace(**args)
+    args.auto = "auto" in args.decay
+    args.decay = [decay for decay in args.decay if decay != "auto"]
     if args.batch_size % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} does not divide --batch-size "
                          f"{args.batch_size}")
@@ -1838,6 +2303,8 @@ def print_configuration(args, data, held_out, model, network, diffusion, start):
         rates = decay_rates(decay, steps)
         print(f"EMA        {decay}: horizon {1 / rates[-1].item():,.0f} steps, init share at the "
               f"end {torch.log1p(-rates).sum().exp().item():.2g}")
+    if args.auto:
+        print("EMA        auto: at each stage the decay of the lowest held-out loss")
     print(f"evaluation {args.num_samples:,} samples a row by {args.sampler} in {args.sample_steps} "
           f"steps, at steps {', '.join(map(str, args.stage_steps))}\n"
           f"output     {args.out}")
@@ -1856,15 +2323,28 @@ def print_configuration(args, data, held_out, model, network, diffusion, start):
         loss.item()  # waits for the device
         seconds[grad] = min(seconds[grad], time.perf_counter() - tick)
     model.zero_grad()
-    num_evaluated = len(args.stage_steps) * (1 + 2 * len(args.decay)) * args.num_samples
+    rows = 1 + 2 * len(args.decay) + args.auto
+    forward = len(args.stage_steps) * rows * args.num_samples * args.sample_steps  # images
+    forward += len(args.stage_steps) * len(raw_and_ema(CANDIDATES)) * min(512, len(held_out))
+    forward += (args.steps - start) / args.log_every * rows * min(128, len(held_out))
     total = (args.steps - start) * args.accumulate * seconds[True] + (
-        num_evaluated * args.sample_steps / batch_size * seconds[False])
+        forward / batch_size * seconds[False])
     print(f"estimated  {total / 60:.0f} minutes", flush=True)
 
 
 def main(argv=None):
     parser = make_parser()
     given = vars(parser.parse_args(argv))
+    if "report" in given:
+        if others := given.keys() - {"report", "out"}:
+            parser.error(f"--report goes with --out alone, not with --{min(others)}")
+        out = given.get("out", Path("runs", "report"))
+        try:
+            methods = load_methods(given["report"])
+            out.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            parser.error(error)
+        return report(methods, out)
     try:
         args, checkpoint = resolve(given)
         data, held_out = load_data(args.data).to(args.device).split()
@@ -1903,13 +2383,25 @@ def main(argv=None):
         with catching_signals() as signals:
             train(args, step, running, signals, model, origin, network, diffusion, ema, optimizer,
                   data, held_out)
-    if missing := missing_rows(args):
-        load_stage(args, args.stage_steps[-1], model, ema)
-        plot_samples(args, network, diffusion, ema, data)
+    held_out_rows = rate_decays(args, model, network, diffusion, ema, held_out)
+    last_stage = args.stage_steps[-1]
+    if missing := missing_rows(args, held_out_rows):
+        load_stage(args, last_stage, model, ema)
+        shown = [w for w in stage_weights(args, last_stage, held_out_rows)
+                 if not w.debias or w.decay not in args.decay]
+        plot_samples(args, shown, network, diffusion, ema, data)
         plot_curves(args)
+        plot_training(args)
         evaluate(args, missing, model, network, diffusion, ema, data, held_out)
+        rows = measured_rows(args)
+        if len(args.decay) + args.auto > 1:
+            plot_sweep(rows, held_out_rows, args.data, args.out / "sweep.png")
+        plot_modes(rows, args.data, args.out / "modes.png")
+    load_stage(args, last_stage, model, ema)
     print_cards(args, ema)
-    print_table(args)
+    print_convergence(args)
+    print_choices(args, held_out_rows)
+    print_table(measured_rows(args))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.image
 import numba
@@ -1081,6 +1082,8 @@ def test_bootstrap_spread_is_that_of_repeated_sampling():
 # The command
 # ==================================================================================================
 
+ddpm_ema.CANDIDATES = ("0.9", "0.97", "0.99")  # fewer, since each costs a network evaluation
+PICTURES = ("plot_curves", "plot_training", "plot_sweep", "plot_modes")
 TINY = ["--batch-size", "8", "--num-samples", "32", "--sample-steps", "2", "--log-every", "2"]
 
 
@@ -1099,11 +1102,14 @@ def bars(tmp_path_factory):
 
 
 def run(folder, out, *flags):
-    """The command itself, in this process."""
-    if out != folder / "first" and not out.exists():
+    """The command itself, in this process; its slow pictures are drawn for the first run only."""
+    first = out == folder / "first"
+    if not first and not out.exists():
         out.mkdir()
         shutil.copy(folder / "first" / "classifier.pt", out)
-    main(["--data", str(folder / "bars.npz"), "--out", str(out), *TINY, *flags])
+    drawing = {} if first else {name: mock.DEFAULT for name in PICTURES}
+    with mock.patch.multiple(ddpm_ema, **drawing) if drawing else contextlib.nullcontext():
+        main(["--data", str(folder / "bars.npz"), "--out", str(out), *TINY, *flags])
 
 
 def rows_of(out):
@@ -1129,8 +1135,8 @@ def test_the_command_leaves_what_it_promises(bars):
     assert [line["step"] for line in log] == [0, 2, 4]
     assert log[0]["loss"] is None and all(line["loss"] > 0 for line in log[1:])
     assert set(log[-1]["held_out_loss"]) == {"raw", "0.5", "0.5 debiased", "0.9", "0.9 debiased"}
-    for name in ("samples.png", "curves.png"):
-        assert matplotlib.image.imread(out / name).std() > 0.01
+    for name in ("samples", "curves", "training", "sweep", "modes"):
+        assert matplotlib.image.imread(out / f"{name}.png").std() > 0.01
     assert not list(out.glob("tmp-*"))
 
 
@@ -1142,6 +1148,167 @@ def test_the_same_command_again_prints_the_table(bars, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert printed.count("debiased") >= 4 and "real" in printed and "horizon" in printed
 
+
+def test_modes_of_the_table_agree_with_its_metrics(bars):
+    """mode_X is a frequency over its true one: tail share and total variation follow from them."""
+    data, _ = load_data(str(bars / "bars.npz")).split()
+    true = data.labels.bincount().double().numpy() / len(data)
+    rare = true.argsort()[:2]
+    for row in rows_of(bars / "first"):
+        often = np.array([float(row[f"mode_{k}"]) for k in range(4)])
+        assert often @ true == pytest.approx(1, abs=1e-5)
+        assert float(row["tv"]) == pytest.approx(abs(often - 1) @ true / 2, abs=1e-5)
+        tail = (often * true)[rare].sum() / true[rare].sum()
+        assert float(row["tail_share"]) == pytest.approx(tail, abs=1e-5)
+
+
+def test_held_out_losses_of_the_candidates(bars):
+    """Every candidate at every stage; the numbers are those of the weights in the checkpoints."""
+    rows = ddpm_ema.read_rows(bars / "first" / "held_out.csv", ddpm_ema.ROW_KEY)
+    names = ["raw", "0.9", "0.9 debiased", "0.97", "0.97 debiased", "0.99", "0.99 debiased", "0.5",
+             "0.5 debiased"]
+    assert [(r["step"], str(ddpm_ema.weights_of(r))) for r in rows] == [
+        (step, name) for step in "24" for name in names]
+    _, held_out = load_data(str(bars / "bars.npz")).split()
+    state = torch.load(bars / "first" / "checkpoint-2.pt", weights_only=True)
+    model, diffusion = UNet(1).eval(), Diffusion("cosine", "v")
+    model.load_state_dict(state["model"])
+    raw = ddpm_ema.held_out_loss(model, diffusion, held_out)
+    assert float(rows[0]["held_out_loss"]) == pytest.approx(raw, rel=1e-5)
+    ema = EMA(model, ["0.5", "0.9"])
+    ema.load_state_dict(state["ema"])
+    model.load_state_dict(ema.weights(0.97, debias=True))
+    loss = ddpm_ema.held_out_loss(model, diffusion, held_out)
+    assert float(rows[4]["held_out_loss"]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_auto_evaluates_the_decay_of_the_lowest_held_out_loss(bars, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(bars / "first", out)
+    rows = ddpm_ema.read_rows(out / "held_out.csv", ddpm_ema.ROW_KEY)
+    for row, loss in zip(rows, [0, 5, 4, 3, 1, 4, 5, 0, 0, 0, 5, 4, 3, 4, 2, 5, 0, 0]):
+        row["held_out_loss"] = str(loss)  # step 2: 0.97 debiased; step 4: 0.99
+    ddpm_ema.write_rows(out / "held_out.csv", rows)
+    capsys.readouterr()
+    run(bars, out, "--decay", "auto")
+    new = [(r["step"], r["decay"], r["debias"]) for r in rows_of(out)[12:]]
+    assert new == [("2", "0.97", "1"), ("4", "0.99", "0")]
+    printed = capsys.readouterr().out
+    assert "step 2: raw 0; lowest 1 at 0.97 debiased, beside it 4 at 0.9 debiased, 5 at" in printed
+
+
+def test_an_interrupted_evaluation_goes_on_at_its_row(bars, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(bars / "first", out)
+    whole, measured = rows_of(out), []
+    (out / "results.csv").unlink()
+
+    def interrupted(*values):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(values)
+        return measure(*values)
+
+    monkeypatch.setattr(ddpm_ema, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(bars, out)
+    assert rows_of(out) == whole[:3]
+    monkeypatch.setattr(ddpm_ema, "measure", measure)
+    run(bars, out)
+    assert rows_of(out) == whole
+
+
+def test_sweep_stands_for_its_ten_decays():
+    assert ddpm_ema.decays("0.7,sweep,auto") == ["0.7", *ddpm_ema.SWEEP, "auto"]
+    assert len(ddpm_ema.SWEEP) == 10
+
+
+def test_trajectories_have_exact_distances_and_a_faithful_sketch():
+    generator = torch.Generator().manual_seed(0)
+    moves = torch.randn(3, 20_011, generator=generator).cumsum(0)
+    moves[2] = 2 * moves[0] - moves[1]
+    out = ddpm_ema.trajectory(dict(zip("abc", moves)))
+    a, b, c = moves.double()
+    assert out["distance"]["a"] == {"init": pytest.approx(a.norm().item(), rel=1e-5)}
+    assert out["distance"]["c"] == {
+        "init": pytest.approx(c.norm().item(), rel=1e-5),
+        "a": pytest.approx((c - a).norm().item(), rel=1e-5),
+        "b": pytest.approx((c - b).norm().item(), rel=1e-5)}
+    a, b, c = (np.array(out["sketch"][name]) for name in "abc")
+    np.testing.assert_allclose(c, 2 * a - b, rtol=1e-3, atol=1e-2)  # it is linear
+    assert np.linalg.norm(a - b) == pytest.approx(out["distance"]["b"]["a"], rel=0.3)
+
+
+def test_convergence_by_hand():
+    losses = [(9.0, 9.0), (5.0, 7.0), (2.0, 4.0), (4.0, 3.0), (2.0, 2.5)]
+    lines = [{"step": 10 * i, "held_out_loss": {"raw": raw, "0.9": average}}
+             for i, (raw, average) in enumerate(losses)]
+    out = ddpm_ema.convergence(lines)  # the last quarter: steps 30 and 40, raw's mean there is 3
+    assert out["held_out_sd"] == {"raw": pytest.approx(1), "0.9": pytest.approx(0.25)}
+    assert out["reached"] == {"raw": 20, "0.9": 30}
+
+
+# ==================================================================================================
+# Reports
+# ==================================================================================================
+
+def finished_run(folder, objective, seed, fds):
+    """A folder that looks like a finished run: {decay: Fréchet distance}, the same held-out loss."""
+    folder.mkdir()
+    rows = [{"step": "8", "weights": "ema" if decay else "raw", "decay": decay, "debias": "0",
+             "init_share": "0.1" * bool(decay), "fd": str(fd), "fd_sd": "0.5", "precision": "0.5",
+             "recall": "0.5", "sampler": "ddim", "sample_steps": "4", "num_samples": "32",
+             "features": ""} for decay, fd in fds.items()]
+    rows.insert(0, rows[0] | {"weights": "real", "fd": "0.5"})
+    ddpm_ema.write_rows(folder / "results.csv", rows)
+    losses = [{k: row[k] for k in ddpm_ema.ROW_KEY} | {"held_out_loss": row["decay"] or "2"}
+              for row in rows[1:]]  # the lowest is that of 0.9
+    ddpm_ema.write_rows(folder / "held_out.csv", losses)
+    args = {name: 1 for name in ddpm_ema.FIXED} | {"steps": 8, "objective": objective, "seed": seed}
+    parts = dict.fromkeys(("step", "model", "optimizer", "ema", "running"))
+    torch.save({"args": args, **parts}, folder / "checkpoint.pt")
+
+
+def test_report_pools_seeds_and_marks_flips(tmp_path, capsys):
+    table = {  # at 0.97, the best of both, v is ahead by 4
+        ("v", 0): {"": 20, "0.9": 11, "0.97": 5, "0.99": 9}, ("eps", 0): {
+            "": 15, "0.9": 12, "0.97": 9, "0.99": 8.8},
+        ("v", 1): {"": 22, "0.9": 9, "0.97": 5, "0.99": 12}, ("eps", 1): {
+            "": 17, "0.9": 14, "0.97": 9, "0.99": 9.8}}
+    for (objective, seed), fds in table.items():
+        finished_run(tmp_path / f"{objective}-{seed}", objective, seed, fds)
+    folders = [str(tmp_path / f"{objective}-{seed}") for objective, seed in table]
+    main(["--report", *folders, "--out", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    assert "A: objective v; mean and spread of 2 seeds" in printed and "B: objective eps" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert [line[4] for line in lines if line[:2] == ["8", "0.97"] and len(line) == 7] == [
+        "5*±0", "9*±0"]
+    assert next(line[4:6] for line in lines if line[:2] == ["8", "0.9"]) == ["10", "±1"]
+    orders = {line[1]: line[2] for line in lines if line[:1] == ["8"] and len(line) == 5}
+    assert orders == {"best": "AB", "raw": "BA!", "0.9": "AB", "0.97": "AB", "0.99": "BA?"}
+    # held-out loss chooses 0.9 everywhere: within the spread of the best nowhere
+    assert printed.count("best is 0.97, 5 (sd 0.5): differs") == 2
+    assert printed.count("within the spread of the best in 0 of 2") == 2
+    for name in ("report", "sweep-A", "sweep-B"):
+        assert matplotlib.image.imread(tmp_path / "report" / f"{name}.png").std() > 0.01
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["{a}", "nowhere"], "no finished run"), (["{a}", "{a}"], "same settings and seed"),
+    (["{a}", "--decay", "0.9"], "--out alone"), ([], "at least one"),
+    (["{a}", "--out", "{a}/results.csv"], "exists")])
+def test_report_of_what_is_none_is_one_line(tmp_path, capsys, flags, message):
+    finished_run(tmp_path / "a", "v", 0, {"": 3, "0.9": 2})
+    with pytest.raises(SystemExit) as stop:
+        main(["--report", *(flag.format(a=tmp_path / "a") for flag in flags)])
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.err.count("\n") == 1 and message in output.err
+
+
+# ==================================================================================================
+# The command, continued
+# ==================================================================================================
 
 def test_another_decay_needs_no_training(bars, tmp_path):
     out = tmp_path / "run"
@@ -1252,7 +1419,7 @@ def test_accumulation_gives_the_same_gradient(bars, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--decay", "1"], "0 <= decay < 1"), (["--decay", "-0.1"], "0 <= decay < 1"),
-    (["--decay", "nan"], "0 <= decay < 1"), (["--decay", "often"], "halflife:2000"),
+    (["--decay", "nan"], "0 <= decay < 1"), (["--decay", "often"], "0.288), sweep, auto"),
     (["--decay", "1.5"], "0 <= decay < 1"), (["--steps", "0"], "from 1"),
     (["--batch-size", "-3"], "from 1"), (["--lr", "nan"], "a number from 0"),
     (["--objective", "y"], "'eps', 'x0', 'v'"), (["--colour", "red"], "--colour"),
