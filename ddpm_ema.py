@@ -8,6 +8,8 @@
     python ddpm_ema.py --decay 0.999                      train, sample, compare raw with EMA
     python ddpm_ema.py --decay 0.9,0.99,0.999,0.9999      any number of decays from one run
     python ddpm_ema.py --decay 0.9995                     the same run, one more decay: no training
+    python ddpm_ema.py --decay sweep,auto --stages 0.1,0.25,0.5,1      which decay is best, and when
+    python ddpm_ema.py --report RUN RUN                   finished runs: spread over seeds, ranking
 
 An exponential moving average follows the weights theta_t of step t with a decay beta:
 
@@ -1246,19 +1248,8 @@ def measure(features, probs, real, num_bootstrap=20):
 
 
 # ==================================================================================================
-# Training and evaluation
+# Training
 # ==================================================================================================
-
-METRICS = {  # 1: lower is better, -1: higher, 0: nearer to 1
-    "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
-    "covered_modes": -1, "tv": 1, "legible": -1, "held_out_loss": 1}
-SWEEP = ("0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999",
-         "0.999999")
-CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
-    "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
-    "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
-SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
-
 
 class Weights(NamedTuple):
     """One row of every table: `kind` is raw, ema or real; decay is "" but for ema."""
@@ -1275,10 +1266,6 @@ class Weights(NamedTuple):
         if self.kind == "ema":
             return ema.applied(self.decay, self.debias)
         return contextlib.nullcontext()
-
-
-def weights_of(row):
-    return Weights(row["weights"], row["decay"], row["debias"] == "1")
 
 
 def raw_and_ema(decays):
@@ -1458,6 +1445,19 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
         sys.exit(130)
 
 
+# ==================================================================================================
+# Evaluation
+# ==================================================================================================
+
+METRICS = {  # 1: lower is better, -1: higher, 0: nearer to 1
+    "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
+    "covered_modes": -1, "tv": 1, "legible": -1, "held_out_loss": 1}
+CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
+    "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
+    "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
+SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
+
+
 @torch.no_grad()
 def draw_samples(args, network, diffusion, data, num_images):
     """Yields x0 [<=256, C, H, W] until there are num_images; all weights get the same noise."""
@@ -1503,6 +1503,10 @@ def load_extractor(args, data, held_out):
 
 ROW_KEY = ("step", "weights", "decay", "debias")
 RESULT_KEY = (*ROW_KEY, "sampler", "sample_steps", "num_samples", "features")
+
+
+def weights_of(row):
+    return Weights(row["weights"], row["decay"], row["debias"] == "1")
 
 
 def read_rows(path, key=RESULT_KEY):
@@ -1647,9 +1651,10 @@ def metrics_in(rows):
 
 
 def cost(row, metric):
-    """A metric turned so that lower is better."""
+    """A metric turned so that lower is better; what is not a number comes last."""
     value = float(row[metric])
-    return METRICS[metric] * value if METRICS[metric] else abs(value - 1)
+    value = METRICS[metric] * value if METRICS[metric] else abs(value - 1)
+    return math.inf if math.isnan(value) else value
 
 
 def spread(row, metric):
@@ -1717,129 +1722,6 @@ def print_cards(args, ema):
               + ("have stalled" if card["stalls_in_place"] else "not have stalled")
               + f"; read out of the ladder, wrong by at most {ema.error_bound(decay):.1g} "
               f"in Euclidean norm" * (ema.error_bound(decay) > 0))
-
-
-def pool(tables):
-    """One table of several that differ in their seed: the means, and the spread over seeds.
-
-    Rows that are not in all of them are left out; a single table keeps its own spread.
-    """
-    by_key = {}
-    for row in [row for rows in tables for row in rows]:
-        by_key.setdefault(tuple(row[k] for k in ROW_KEY), []).append(row)
-    pooled = []
-    for rows in by_key.values():
-        if len(rows) == len(tables):
-            row = dict(rows[0])
-            for name in [*row] if len(rows) > 1 else ():
-                if (name in METRICS or name.startswith("mode_")) and row[name]:
-                    values = [float(r[name]) for r in rows]
-                    row |= {name: str(np.mean(values)), f"{name}_sd": str(np.std(values, ddof=1))}
-            pooled.append(row)
-    return sorted(pooled, key=lambda row: int(row["step"]))
-
-
-def print_agreement(seed, rows, held_out):
-    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance; [agrees]."""
-    metric, agrees = metrics_in(rows)[0], []  # fd or fid
-    for step in dict.fromkeys(row["step"] for row in rows):
-        measured = {weights_of(r): r for r in rows if r["step"] == step and r["weights"] != "real"}
-        ranked = choose(held_out, step)
-        chosen = measured.get(weights_of(ranked[0])) if ranked else None
-        if chosen is None:  # not a run of --decay auto
-            continue
-        best = min(measured.values(), key=lambda row: cost(row, metric))
-        excess = cost(chosen, metric) - cost(best, metric)
-        agrees.append(excess <= math.hypot(spread(chosen, metric), spread(best, metric)))
-        print(f"step {step}, seed {seed}: held-out loss chooses {weights_of(chosen)}, {metric} "
-              f"{float(chosen[metric]):.3g}; best is {weights_of(best)}, {float(best[metric]):.3g} "
-              f"(sd {spread(best, metric):.2g}): {'agrees' if agrees[-1] else 'differs'}")
-    return agrees
-
-
-def rank(methods):
-    """{(step, Weights, metric): order} of methods {letter: pooled rows}, such as "AB" or "BA!".
-
-    The reference, under Weights("best"), lets every method have its own best decay. ! marks a
-    pair whose order is flipped against it outside the spread, ? one flipped inside: outside means
-    that both differences exceed the root of the summed squares of the two spreads.
-    """
-    tables = [{(r["step"], weights_of(r)): r for r in rows if r["weights"] != "real"}
-              for rows in methods.values()]
-    common = [key for key in tables[0] if all(key in table for table in tables)]
-    orders = {}
-
-    def values(metric, rows):
-        """{letter: (cost, spread)}"""
-        return {x: (cost(row, metric), spread(row, metric)) for x, row in zip(methods, rows)}
-
-    for metric in metrics_in(tables[0].values()):
-        for step in dict.fromkeys(step for step, _ in common):
-            best = values(metric, [min((row for (s, _), row in table.items() if s == step),
-                                       key=functools.partial(cost, metric=metric))
-                                   for table in tables])
-            reference = sorted(methods, key=best.get)
-            orders[step, Weights("best"), metric] = "".join(reference)
-            for weights in [w for s, w in common if s == step]:
-                here = values(metric, [table[step, weights] for table in tables])
-                flips = [all(b[0] - a[0] > math.hypot(a[1], b[1])
-                             for a, b in ((best[x], best[y]), (here[y], here[x])))
-                         for i, x in enumerate(reference) for y in reference[i + 1:]
-                         if here[x][0] > here[y][0]]
-                mark = "!" if any(flips) else "?" if flips else ""
-                orders[step, weights, metric] = "".join(sorted(methods, key=here.get)) + mark
-    return orders
-
-
-def load_methods(paths):
-    """{settings: {seed: (rows, held_out)}} of finished runs; ValueError where one is none."""
-    methods = {}
-    for path in paths:
-        rows = read_rows(path / "results.csv")
-        if not rows or not (path / "checkpoint.pt").exists():
-            raise ValueError(f"{path} holds no finished run; give folders that --out named")
-        args = load_checkpoint(path / "checkpoint.pt")["args"]
-        held_out, found = read_rows(path / "held_out.csv", ROW_KEY), {}
-        for row in rows:
-            settings = {k: args[k] for k in (*FIXED, "steps") if k != "seed"}
-            settings |= {k: row[k] for k in RESULT_KEY[4:]}
-            found.setdefault(tuple(settings.items()), []).append(row)
-        for settings, rows in found.items():
-            seeds = methods.setdefault(settings, {})
-            if args["seed"] in seeds:
-                raise ValueError(f"{path} is a run of the same settings and seed as another one")
-            seeds[args["seed"]] = rows, held_out
-    return methods
-
-
-def report(methods, out):
-    """Runs that differ in their seed are one method; methods of other settings compete."""
-    pooled, names = {}, {}
-    for letter, (settings, seeds) in zip(string.ascii_uppercase, methods.items()):
-        differ = [f"{k} {v}" for k, v in settings if any((k, v) not in other for other in methods)]
-        names[letter] = ", ".join(differ) or "all runs"
-        tables, losses = zip(*seeds.values())
-        pooled[letter] = pool(tables)
-        spread_of = f"{len(seeds)} seeds" if len(seeds) > 1 else "the bootstrap of one seed"
-        print(f"\n{letter}: {names[letter]}; mean and spread of {spread_of}, {len(tables)} runs")
-        print_table(pooled[letter])
-        agrees = [x for seed, both in seeds.items() for x in print_agreement(seed, *both)]
-        if agrees:
-            print(f"the choice by held-out loss is within the spread of the best in {sum(agrees)} "
-                  f"of {len(agrees)}")
-        title = f"{names[letter]}, {spread_of}"
-        plot_sweep(pooled[letter], pool(losses), title, out / f"sweep-{letter}.png")
-        plot_modes(pooled[letter], title, out / f"modes-{letter}.png")
-    if len(methods) > 1:
-        orders = rank(pooled)
-        columns = metrics_in(pooled["A"])
-        print("\nranking, best first; at the best decay of each, then at each decay; flipped "
-              "against the former: ! outside, ? inside the spread")
-        print(f"{'step':>7}  {'weights':18}" + "".join(f"{c.replace('_', ' '):>14}" for c in columns))
-        for step, weights in dict.fromkeys(key[:2] for key in orders):
-            print(f"{step:>7}  {weights!s:18}"
-                  + "".join(f"{orders.get((step, weights, c), ''):>14}" for c in columns))
-        plot_ranking(pooled, names, orders, out / "report.png")
 
 
 # ==================================================================================================
@@ -2127,6 +2009,133 @@ def plot_ranking(pooled, names, orders, path):
 
 
 # ==================================================================================================
+# Reports
+# ==================================================================================================
+
+def pool(tables):
+    """One table of several that differ in their seed: the means, and the spread over seeds.
+
+    Rows that are not in all of them are left out; a single table keeps its own spread.
+    """
+    by_key = {}
+    for row in [row for rows in tables for row in rows]:
+        by_key.setdefault(tuple(row[k] for k in ROW_KEY), []).append(row)
+    pooled = []
+    for rows in by_key.values():
+        if len(rows) == len(tables):
+            row = dict(rows[0])
+            for name in [*row] if len(rows) > 1 else ():
+                if (name in METRICS or name.startswith("mode_")) and row[name]:
+                    values = [float(r[name]) for r in rows]
+                    row |= {name: str(np.mean(values)), f"{name}_sd": str(np.std(values, ddof=1))}
+            pooled.append(row)
+    return sorted(pooled, key=lambda row: int(row["step"]))
+
+
+def print_agreement(seed, rows, held_out):
+    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance; [agrees]."""
+    metric, agrees = metrics_in(rows)[0], []  # fd or fid
+    for step in dict.fromkeys(row["step"] for row in rows):
+        measured = {weights_of(r): r for r in rows if r["step"] == step and r["weights"] != "real"}
+        ranked = choose(held_out, step)
+        chosen = measured.get(weights_of(ranked[0])) if ranked else None
+        if chosen is None:  # not a run of --decay auto
+            continue
+        best = min(measured.values(), key=lambda row: cost(row, metric))
+        excess = cost(chosen, metric) - cost(best, metric)
+        agrees.append(excess <= math.hypot(spread(chosen, metric), spread(best, metric)))
+        print(f"step {step}, seed {seed}: held-out loss chooses {weights_of(chosen)}, {metric} "
+              f"{float(chosen[metric]):.3g}; best is {weights_of(best)}, {float(best[metric]):.3g} "
+              f"(sd {spread(best, metric):.2g}): {'agrees' if agrees[-1] else 'differs'}")
+    return agrees
+
+
+def rank(methods):
+    """{(step, Weights, metric): order} of methods {letter: pooled rows}, such as "AB" or "BA!".
+
+    The reference, under Weights("best"), lets every method have its own best decay. ! marks a
+    pair whose order is flipped against it outside the spread, ? one flipped inside: outside means
+    that both differences exceed the root of the summed squares of the two spreads.
+    """
+    tables = [{(r["step"], weights_of(r)): r for r in rows if r["weights"] != "real"}
+              for rows in methods.values()]
+    common = [key for key in tables[0] if all(key in table for table in tables)]
+    orders = {}
+
+    def values(metric, rows):
+        """{letter: (cost, spread)}"""
+        return {x: (cost(row, metric), spread(row, metric)) for x, row in zip(methods, rows)}
+
+    for metric in metrics_in(tables[0].values()):
+        for step in dict.fromkeys(step for step, _ in common):
+            best = values(metric, [min((row for (s, _), row in table.items() if s == step),
+                                       key=functools.partial(cost, metric=metric))
+                                   for table in tables])
+            reference = sorted(methods, key=best.get)
+            orders[step, Weights("best"), metric] = "".join(reference)
+            for weights in [w for s, w in common if s == step]:
+                here = values(metric, [table[step, weights] for table in tables])
+                flips = [all(b[0] - a[0] > math.hypot(a[1], b[1])
+                             for a, b in ((best[x], best[y]), (here[y], here[x])))
+                         for i, x in enumerate(reference) for y in reference[i + 1:]
+                         if here[x][0] > here[y][0]]
+                mark = "!" if any(flips) else "?" if flips else ""
+                orders[step, weights, metric] = "".join(sorted(methods, key=here.get)) + mark
+    return orders
+
+
+def load_methods(paths):
+    """{settings: {seed: (rows, held_out)}} of finished runs; ValueError where one is none."""
+    methods = {}
+    for path in paths:
+        rows = read_rows(path / "results.csv")
+        if not rows or not (path / "checkpoint.pt").exists():
+            raise ValueError(f"{path} holds no finished run; give folders that --out named")
+        args = load_checkpoint(path / "checkpoint.pt")["args"]
+        held_out, found = read_rows(path / "held_out.csv", ROW_KEY), {}
+        for row in rows:
+            settings = {k: args[k] for k in (*FIXED, "steps") if k != "seed"}
+            settings |= {k: row[k] for k in RESULT_KEY[4:]}
+            found.setdefault(tuple(settings.items()), []).append(row)
+        for settings, rows in found.items():
+            seeds = methods.setdefault(settings, {})
+            if args["seed"] in seeds:
+                raise ValueError(f"{path} is a run of the same settings and seed as another one")
+            seeds[args["seed"]] = rows, held_out
+    return methods
+
+
+def report(methods, out):
+    """Runs that differ in their seed are one method; methods of other settings compete."""
+    pooled, names = {}, {}
+    for letter, (settings, seeds) in zip(string.ascii_uppercase, methods.items()):
+        differ = [f"{k} {v}" for k, v in settings if any((k, v) not in other for other in methods)]
+        names[letter] = ", ".join(differ) or "all runs"
+        tables, losses = zip(*seeds.values())
+        pooled[letter] = pool(tables)
+        spread_of = f"{len(seeds)} seeds" if len(seeds) > 1 else "the bootstrap of one seed"
+        print(f"\n{letter}: {names[letter]}; mean and spread of {spread_of}, {len(tables)} runs")
+        print_table(pooled[letter])
+        agrees = [x for seed, both in seeds.items() for x in print_agreement(seed, *both)]
+        if agrees:
+            print(f"the choice by held-out loss is within the spread of the best in {sum(agrees)} "
+                  f"of {len(agrees)}")
+        title = f"{names[letter]}, {spread_of}"
+        plot_sweep(pooled[letter], pool(losses), title, out / f"sweep-{letter}.png")
+        plot_modes(pooled[letter], title, out / f"modes-{letter}.png")
+    if len(methods) > 1:
+        orders = rank(pooled)
+        columns = metrics_in(pooled["A"])
+        print("\nranking, best first; at the best decay of each, then at each decay; flipped "
+              "against the former: ! outside, ? inside the spread")
+        print(f"{'step':>7}  {'weights':18}" + "".join(f"{c.replace('_', ' '):>14}" for c in columns))
+        for step, weights in dict.fromkeys(key[:2] for key in orders):
+            print(f"{step:>7}  {weights!s:18}"
+                  + "".join(f"{orders.get((step, weights, c), ''):>14}" for c in columns))
+        plot_ranking(pooled, names, orders, out / "report.png")
+
+
+# ==================================================================================================
 # Command line
 # ==================================================================================================
 
@@ -2145,6 +2154,8 @@ PRESETS = {
         "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
                     "scale_shift": False, "dropout": 0.1}},
 }
+SWEEP = ("0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999",
+         "0.999999")
 # What a run cannot change half-way.
 FIXED = ("preset", "data", "batch_size", "accumulate", "lr", "seed", "objective", "schedule")
 
