@@ -1343,15 +1343,19 @@ def significant(value):
 def convergence(lines):
     """Of the log so far: the held-out losses' spread, and when each reached what raw has now.
 
-    held_out_sd: standard deviation over the last quarter of the steps. reached: the first step of
-    the log whose loss is not above raw's mean over that quarter; None if there is none.
+    held_out_sd: standard deviation over the last quarter of the steps, about a straight line, so
+    that a loss that still falls does not count as one that wobbles; None of fewer than 3 lines.
+    reached: the first step of the log whose loss is not above raw's mean over that quarter.
     """
-    quarter = [x["held_out_loss"] for x in lines if x["step"] >= 0.75 * lines[-1]["step"]]
-    level = np.mean([losses["raw"] for losses in quarter])
-    spread = {n: np.std([losses[n] for losses in quarter]).item() for n in quarter[-1]}
-    reached = {n: next((x["step"] for x in lines if x["held_out_loss"][n] <= level), None)
-               for n in spread}
-    return {"held_out_sd": spread, "reached": reached}
+    quarter = [x for x in lines if x["step"] >= 0.75 * lines[-1]["step"]]
+    level = np.mean([x["held_out_loss"]["raw"] for x in quarter])
+    steps, wobble, reached = np.array([float(x["step"]) for x in quarter]), {}, {}
+    for name in lines[-1]["held_out_loss"]:
+        losses, wobble[name] = np.array([x["held_out_loss"][name] for x in quarter]), None
+        if len(quarter) > 2:
+            wobble[name] = np.std(losses - np.polyval(np.polyfit(steps, losses, 1), steps)).item()
+        reached[name] = next((x["step"] for x in lines if x["held_out_loss"][name] <= level), None)
+    return {"held_out_sd": wobble, "reached": reached}
 
 
 @contextlib.contextmanager
@@ -1706,7 +1710,8 @@ def print_convergence(args):
           f"{'reaches raw at step':>20} {'from initial':>13} {'from raw':>9}")
     for name, loss in last["held_out_loss"].items():
         reached, apart = last["reached"][name], last["distance"].get(name, {})
-        print(f"{name:18} {loss:14.5g} {last['held_out_sd'][name]:17.2g} "
+        wobble = last["held_out_sd"][name]
+        print(f"{name:18} {loss:14.5g} {'-' if wobble is None else f'{wobble:.2g}':>17} "
               f"{'-' if reached is None else reached:>20} {apart.get('init', ''):>13.5} "
               f"{apart.get('raw', ''):>9.5}")
 
@@ -1821,7 +1826,7 @@ def plot_training(args):
         if name != "raw":
             raw.plot(steps, [line["distance"][name]["raw"] for line in log], **settings)
     tidy(loss, "held-out loss", xlabel="step", yscale="log")
-    loss.legend(frameon=False, fontsize=8, ncols=2)
+    norm.legend(*loss.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2)
     tidy(initial, "distance from the initial weights", xlabel="step")
     tidy(raw, "distance from the raw weights", xlabel="step")
 
@@ -1832,7 +1837,7 @@ def plot_training(args):
         for axis, key in ((sd, "held_out_sd"), (reached, "reached")):
             axis.plot(at, [math.nan if (v := last[key][n]) is None else v for _, n in rows],
                       style, marker=".", color="black", label="debiased" if debias else "plain")
-    tidy(sd, "spread of the held-out loss, last quarter", ylabel="standard deviation",
+    tidy(sd, "wobble of the held-out loss, last quarter", ylabel="standard deviation",
          yscale="log" if any(last["held_out_sd"].values()) else "linear")
     tidy(reached, "first step at raw's loss of the last quarter", ylabel="step")
     for axis in (sd, reached):
@@ -2102,6 +2107,11 @@ def load_methods(paths):
             if args["seed"] in seeds:
                 raise ValueError(f"{path} is a run of the same settings and seed as another one")
             seeds[args["seed"]] = rows, held_out
+    if len({(dict(settings)["data"], dict(settings)["features"]) for settings in methods}) > 1:
+        raise ValueError("runs on different data, or measured in different features, have no "
+                         "common ranking; give them to --report apart")
+    if len(methods) > len(string.ascii_uppercase):
+        raise ValueError(f"{len(methods)} methods are too many to letter; 26 is the most")
     return methods
 
 

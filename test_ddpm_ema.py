@@ -1240,12 +1240,14 @@ def test_trajectories_have_exact_distances_and_a_faithful_sketch():
 
 
 def test_convergence_by_hand():
-    losses = [(9.0, 9.0), (5.0, 7.0), (2.0, 4.0), (4.0, 3.0), (2.0, 2.5)]
-    lines = [{"step": 10 * i, "held_out_loss": {"raw": raw, "0.9": average}}
-             for i, (raw, average) in enumerate(losses)]
-    out = ddpm_ema.convergence(lines)  # the last quarter: steps 30 and 40, raw's mean there is 3
-    assert out["held_out_sd"] == {"raw": pytest.approx(1), "0.9": pytest.approx(0.25)}
-    assert out["reached"] == {"raw": 20, "0.9": 30}
+    """The last quarter of eight lines are three: raw 4, 1, 4 and an average that falls steadily."""
+    raw, average = [9, 5, 2, 6, 4, 3, 4, 1, 4], [9, 8, 7, 6, 5, 4, 3, 2, 1]
+    lines = [{"step": 10 * i, "held_out_loss": {"raw": float(a), "0.9": float(b)}}
+             for i, (a, b) in enumerate(zip(raw, average))]
+    out = ddpm_ema.convergence(lines)
+    assert out["held_out_sd"] == {"raw": pytest.approx(2**0.5), "0.9": pytest.approx(0, abs=1e-9)}
+    assert out["reached"] == {"raw": 20, "0.9": 60}
+    assert ddpm_ema.convergence(lines[:2])["held_out_sd"]["raw"] is None
 
 
 # ==================================================================================================
@@ -1297,11 +1299,12 @@ def test_report_pools_seeds_and_marks_flips(tmp_path, capsys):
 @pytest.mark.parametrize("flags, message", [
     (["{a}", "nowhere"], "no finished run"), (["{a}", "{a}"], "same settings and seed"),
     (["{a}", "--decay", "0.9"], "--out alone"), ([], "at least one"),
+    (["{a}", "{first}"], "different data"),
     (["{a}", "--out", "{a}/results.csv"], "exists")])
-def test_report_of_what_is_none_is_one_line(tmp_path, capsys, flags, message):
+def test_report_of_what_is_none_is_one_line(bars, tmp_path, capsys, flags, message):
     finished_run(tmp_path / "a", "v", 0, {"": 3, "0.9": 2})
     with pytest.raises(SystemExit) as stop:
-        main(["--report", *(flag.format(a=tmp_path / "a") for flag in flags)])
+        main(["--report", *(f.format(a=tmp_path / "a", first=bars / "first") for f in flags)])
     output = capsys.readouterr()
     assert stop.value.code == 2 and output.err.count("\n") == 1 and message in output.err
 
