@@ -1318,9 +1318,9 @@ def flatten(model):
 def trajectory(displacements, size=64):
     """Where raw and averaged weights are: of name -> θ - θ_0 [P], distances and a sketch.
 
-    distance[a]["init"] and distance[a][b] are Euclidean norms. sketch[a] [size] is a fixed random
-    linear map of the displacement (a count sketch, Charikar et al. 2002) that keeps
-    distances to about 1 / (2 size)^½, 9%; whole trajectories are projected from it.
+    distance[a]["init"] and, for every name b before a, distance[a][b] are Euclidean norms.
+    sketch[a] [size] is a fixed random linear map of the displacement (a count sketch, Charikar et
+    al. 2002) that keeps distances to about 1 / (2 size)^½, 9%; trajectories are projected from it.
     """
     names, points = list(displacements), torch.stack([*displacements.values()])  # [n, P]
     signs = 2 * torch.randint(2, points.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
@@ -1328,9 +1328,8 @@ def trajectory(displacements, size=64):
     sketch = folded.view(len(names), -1, size).sum(1)  # [n, size]
     distance = {}
     for i, name in enumerate(names):
-        others = torch.cat([points[:1] * 0, points[:i]])
-        norms = (others - points[i]).norm(dim=1)  # [1 + i]
-        distance[name] = dict(zip(["init", *names], map(significant, norms.tolist())))
+        norms = [points[i].norm(), *((points[i] - other).norm() for other in points[:i])]
+        distance[name] = {n: significant(v.item()) for n, v in zip(["init", *names], norms)}
     return {"distance": distance,
             "sketch": {n: [*map(significant, row)] for n, row in zip(names, sketch.tolist())}}
 
@@ -1393,7 +1392,8 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
                 sys.exit(f"training diverged before step {step}; a lower --lr may help")
             if step % args.log_every == 0:  # a run that is trained on later has the same means
                 running.zero_()
-            speed = (step - tick_step) * args.batch_size / (time.perf_counter() - tick)
+            seconds = time.perf_counter() - tick
+            speed = (step - tick_step) * args.batch_size / seconds if step > start else None
             model.eval()
             losses, displacements = {}, {}
             for weights in raw_and_ema(args.tracked):
@@ -1410,7 +1410,7 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
             log.append(line)
             with open(args.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-            if count:
+            if speed:
                 minutes = (args.steps - step) * args.batch_size / speed / 60
                 show(f"step {step}/{args.steps}  loss {loss / count:.4f}  {speed:.0f} images/s  "
                      f"{minutes:.1f} min left", keep=not sys.stdout.isatty() or step == args.steps)
@@ -1444,7 +1444,7 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
         optimizer.zero_grad()
         ema.update()
 
-    if step < args.steps:
+    if signals:
         show(f"stopped at step {step} of {args.steps}; the same command goes on from here")
         sys.exit(130)
 
@@ -1546,7 +1546,7 @@ def load_stage(args, step, model, ema):
 
 @torch.no_grad()
 def rate_decays(args, model, network, diffusion, ema, held_out):
-    """held_out.csv: at every stage the held-out loss of raw and of all CANDIDATES, then measured.
+    """The rows of held_out.csv: at every stage the losses of raw, CANDIDATES and --decay.
 
     Averages of decays that were not tracked come out of the ladder; only the losses cost time.
     """
@@ -1574,7 +1574,7 @@ def rate_decays(args, model, network, diffusion, ema, held_out):
 def choose(held_out, step):
     """The candidates at a step, from the lowest held-out loss to the highest: rows of rate_decays."""
     rows = [row for row in held_out if row["step"] == str(step) and row["decay"] in CANDIDATES]
-    return sorted(rows, key=lambda row: float(row["held_out_loss"]))
+    return sorted(rows, key=functools.partial(cost, metric="held_out_loss"))
 
 
 def stage_weights(args, step, held_out):
@@ -1621,6 +1621,8 @@ def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
     for number, (step, weights, key) in enumerate(missing, 1):
         load_stage(args, step, model, ema)
         what = f"evaluating {number} of {len(missing)}: step {step}, {weights}"
+        if weights.kind == "real" and len(held_out) < args.num_samples:
+            what += f", of which there are only {len(held_out)}"
         share = ema.init_share(weights.decay) if weights.kind == "ema" else ""
         row = dict(zip(RESULT_KEY, key)) | {"init_share": str(share)}
         twin = [r for r in rows if all(r[k] == row[k] or k == "debias" for k in RESULT_KEY)]
@@ -1636,7 +1638,9 @@ def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
                 metrics = {k.replace("fd", "fid"): v for k, v in metrics.items()}
             if shares is not None:  # how often each mode comes, over how often it should
                 often = probs.argmax(1).bincount(minlength=len(shares)) / len(probs) / shares
-                metrics |= {f"mode_{n}": v for n, v in zip(data.names, often.tolist())}
+                binomial = (often * (1 / shares - often) / len(probs)).clamp(min=0).sqrt()
+                for name, *values in zip(data.names, often.tolist(), binomial.tolist()):
+                    metrics |= dict(zip((f"mode_{name}", f"mode_{name}_sd"), values))
             row |= {k: str(v) for k, v in metrics.items()}
         rows.append(row)
         write_rows(args.out / "results.csv", rows)
@@ -1644,10 +1648,16 @@ def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
 
 
 def measured_rows(args):
-    """The rows of results.csv with this sampler, step after step."""
+    """The rows of results.csv with these samplers, samples and features, step after step."""
     settings = {k: str(getattr(args, k)) for k in RESULT_KEY[4:]}
     rows = [row for row in read_rows(args.out / "results.csv") if settings.items() <= row.items()]
-    return sorted(rows, key=lambda row: int(row["step"]))
+    return begun(sorted(rows, key=lambda row: int(row["step"])))
+
+
+def begun(rows):
+    """Without the stages at which an interruption left no more than the real row."""
+    steps = {row["step"] for row in rows if row["weights"] == "raw"}
+    return [row for row in rows if row["step"] in steps]
 
 
 def metrics_in(rows):
@@ -1701,11 +1711,8 @@ def print_choices(args, held_out):
               + ", ".join(f"{losses[w]:.5g} at {w}" for w in beside))
 
 
-def print_convergence(args):
-    """What the log says of each average: its last loss, how that wobbles, how soon it got there."""
-    if not (log := read_log(args.out)):
-        return
-    last = log[-1]
+def print_convergence(last):
+    """What the log's last line says of each average: its loss, how it wobbles, how soon it fell."""
     print(f"\n{'weights':18} {'held-out loss':>14} {'sd, last quarter':>17} "
           f"{'reaches raw at step':>20} {'from initial':>13} {'from raw':>9}")
     for name, loss in last["held_out_loss"].items():
@@ -1781,11 +1788,8 @@ def plot_samples(args, weights, network, diffusion, ema, data):
     save(figure, args.out / "samples.png", bbox_inches="tight")
 
 
-def plot_curves(args):
+def plot_curves(args, log):
     """curves.png: training loss; held-out loss of raw and every average."""
-    log = read_log(args.out)
-    if not log:  # somebody deleted it
-        return
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     trained = [line for line in log if line["loss"] is not None]
@@ -1808,10 +1812,8 @@ def plot_curves(args):
     save(figure, args.out / "curves.png")
 
 
-def plot_training(args):
-    """training.png: held-out losses, their spread and convergence, gradients, trajectories."""
-    if not (log := read_log(args.out)):
-        return
+def plot_training(args, log):
+    """training.png: held-out losses, their wobble and convergence, gradients, trajectories."""
     steps, last = [line["step"] for line in log], log[-1]
     names = list(last["distance"])  # raw, then the plain averages
     colors = dict(zip(names[1:], matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(names)))))
@@ -1831,11 +1833,11 @@ def plot_training(args):
     tidy(raw, "distance from the raw weights", xlabel="step")
 
     for debias, style in ((False, "-"), (True, "--")):
-        rows = sorted((horizon({"step": last["step"], "decay": w.decay}), str(w))
-                      for w in raw_and_ema(args.tracked) if w.debias == debias or w.kind == "raw")
-        at = [h for h, _ in rows]
+        line = constant([dict(zip(ROW_KEY, (last["step"], *w[:2], str(int(w.debias)))))
+                         for w in raw_and_ema(args.tracked)], debias)
         for axis, key in ((sd, "held_out_sd"), (reached, "reached")):
-            axis.plot(at, [math.nan if (v := last[key][n]) is None else v for _, n in rows],
+            values = [last[key][str(weights_of(row))] for row in line]
+            axis.plot([*map(horizon, line)], [math.nan if v is None else v for v in values],
                       style, marker=".", color="black", label="debiased" if debias else "plain")
     tidy(sd, "wobble of the held-out loss, last quarter", ylabel="standard deviation",
          yscale="log" if any(last["held_out_sd"].values()) else "linear")
@@ -1879,8 +1881,9 @@ def decay_axis(axis):
 
 def constant(rows, debias):
     """raw and the constant decays among rows, shortest first; schedules have no place on an axis."""
-    rows = [row for row in rows if row["weights"] == "raw" or
-            (row["decay"][:1].isdigit() and row["debias"] == str(int(debias)))]
+    rows = [row for row in rows if row["weights"] == "raw" or (
+        row["debias"] == str(int(debias)) and
+        (row["decay"][:1].isdigit() or row["decay"].startswith("halflife")))]
     return sorted(rows, key=horizon)
 
 
@@ -1899,59 +1902,54 @@ def draw_decays(axis, rows, metric, color, label=None):
 
 def plot_sweep(rows, held_out, title, path):
     """sweep.png: precision and recall, every metric and the best decays, stage by stage."""
-    names, steps = metrics_in(rows), list(dict.fromkeys(int(row["step"]) for row in rows))
-    at = {step: [row for row in rows if int(row["step"]) == step] for step in steps}
-    held_out_at = {step: [r for r in held_out if int(r["step"]) == step] for step in steps}
+    real, steps = rows[0], list(dict.fromkeys(row["step"] for row in rows))
+    at = {step: [row for row in [*rows, *held_out] if row["step"] == step] for step in steps}
+    names = metrics_in([*rows, *held_out])
     colors = dict(zip(steps, matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(steps)))))
-    count = len(names) + 4
-    figure = Figure(figsize=(18, 4.2 * -(-count // 4)), layout="constrained")
-    panels = figure.subplots(-(-count // 4), 4).flat
+    lines = -(-(len(names) + 3) // 4)
+    figure = Figure(figsize=(18, 4.2 * lines), layout="constrained")
+    panels = figure.subplots(lines, 4).flat
     figure.suptitle(f"{title}; plain averages solid, debiased dashed, spread as bars")
 
     axis = next(panels)
     for step in steps:
         for debias, style in ((False, "-"), (True, "--")):
-            line = constant(at[step], debias)
+            line = [row for row in constant(at[step], debias) if row.get("recall")]
             points = [(float(row["recall"]), float(row["precision"])) for row in line]
             axis.plot(*zip(*points), style, marker=".", color=colors[step], lw=1,
                       label=None if debias else f"step {step}")
             for row, point in zip(line, points) if step == steps[-1] and not debias else ():
                 axis.annotate(row["decay"] or "raw", point, xytext=(3, 3), fontsize=7,
                               textcoords="offset points")
-    for row in rows[:1]:
-        axis.plot(float(row["recall"]), float(row["precision"]), "k*", ms=9, label="real")
+    axis.plot(float(real["recall"]), float(real["precision"]), "k*", ms=9, label="real")
     tidy(axis, "precision and recall along the decays", xlabel="recall", ylabel="precision")
     axis.legend(frameon=False, fontsize=8)
 
     for name in names:
         axis = next(panels)
         for step in steps:
-            draw_decays(axis, at[step], name, colors[step], f"step {step}")
-        if name != "fd":
-            axis.axhline(float(rows[0][name]), color="black", lw=0.7, ls=":")
-    axis = next(panels)
-    for step in steps:
-        draw_decays(axis, held_out_at[step], "held_out_loss", colors[step])
+            draw_decays(axis, at[step], name, colors[step])
+        if real.get(name):
+            axis.axhline(float(real[name]), color="black", lw=0.7, ls=":")
 
     for debias in (False, True):
         axis = next(panels)
-        for i, name in enumerate([*names, "held_out_loss"]):
-            table = held_out_at if name == "held_out_loss" else at
+        for i, name in enumerate(names):
             best = []
             for step in steps:
-                line = [row for row in constant(table[step], debias) if row.get(name)]
-                top = min(line, key=lambda row: cost(row, name))
-                close = [horizon(row) for row in line if cost(row, name) - cost(top, name)
-                         <= math.hypot(spread(row, name), spread(top, name))]
-                best.append((step * 1.03**(i - len(names) / 2), horizon(top), close))
-            x, y, close = zip(*best)
-            axis.errorbar(x, y, [np.subtract(y, [*map(min, close)]),
-                                 np.subtract([*map(max, close)], y)],
-                          marker="o", ms=4, lw=1, elinewidth=0.7, color=f"C{i}",
-                          label=name.replace("_", " "))
+                line = [row for row in constant(at[step], debias) if row.get(name)]
+                if line:
+                    top = min(line, key=functools.partial(cost, metric=name))
+                    close = [horizon(row) for row in line if cost(row, name) <= cost(top, name)
+                             + math.hypot(spread(row, name), spread(top, name))]
+                    best.append((int(step) * 1.03**(i - len(names) / 2), horizon(top), min(close),
+                                 max(close)))
+            x, y, low, high = np.array(best).reshape(-1, 4).T
+            axis.errorbar(x, y, [y - low, high - y], marker="o", ms=4, lw=1, elinewidth=0.7,
+                          color=f"C{i}", label=name.replace("_", " "))
         tidy(axis, f"best {'debiased' if debias else 'plain'} decay; bars: within the spread",
              xlabel="step", xscale="log")
-        axis.set_xticks(steps, steps)
+        axis.set_xticks([*map(int, steps)], steps)
         axis.set_xticks([], minor=True)
         decay_axis(axis.yaxis)
     axis.legend(frameon=False, fontsize=7, ncols=2)
@@ -2020,7 +2018,7 @@ def plot_ranking(pooled, names, orders, path):
 def pool(tables):
     """One table of several that differ in their seed: the means, and the spread over seeds.
 
-    Rows that are not in all of them are left out; a single table keeps its own spread.
+    Rows that are not in all of them are left out; a single table keeps its own spreads.
     """
     by_key = {}
     for row in [row for rows in tables for row in rows]:
@@ -2030,21 +2028,28 @@ def pool(tables):
         if len(rows) == len(tables):
             row = dict(rows[0])
             for name in [*row] if len(rows) > 1 else ():
-                if (name in METRICS or name.startswith("mode_")) and row[name]:
+                known = name in METRICS or name.startswith("mode_") and not name.endswith("_sd")
+                if known and row[name]:
                     values = [float(r[name]) for r in rows]
                     row |= {name: str(np.mean(values)), f"{name}_sd": str(np.std(values, ddof=1))}
             pooled.append(row)
-    return sorted(pooled, key=lambda row: int(row["step"]))
+    return begun(sorted(pooled, key=lambda row: int(row["step"])))
 
 
 def print_agreement(seed, rows, held_out):
-    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance; [agrees]."""
+    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance; [agrees].
+
+    It agrees if the two distances differ by no more than the root of the summed squares of their
+    bootstrap spreads: what a reader of one run could tell apart.
+    """
     metric, agrees = metrics_in(rows)[0], []  # fd or fid
     for step in dict.fromkeys(row["step"] for row in rows):
         measured = {weights_of(r): r for r in rows if r["step"] == step and r["weights"] != "real"}
         ranked = choose(held_out, step)
         chosen = measured.get(weights_of(ranked[0])) if ranked else None
-        if chosen is None:  # not a run of --decay auto
+        if chosen is None:
+            print(f"step {step}, seed {seed}: what held-out loss chooses was not measured; "
+                  "--decay auto does")
             continue
         best = min(measured.values(), key=lambda row: cost(row, metric))
         excess = cost(chosen, metric) - cost(best, metric)
@@ -2058,7 +2063,7 @@ def print_agreement(seed, rows, held_out):
 def rank(methods):
     """{(step, Weights, metric): order} of methods {letter: pooled rows}, such as "AB" or "BA!".
 
-    The reference, under Weights("best"), lets every method have its own best decay. ! marks a
+    The reference, under Weights("best"), gives every method its best of the common decays. ! marks a
     pair whose order is flipped against it outside the spread, ? one flipped inside: outside means
     that both differences exceed the root of the summed squares of the two spreads.
     """
@@ -2073,12 +2078,13 @@ def rank(methods):
 
     for metric in metrics_in(tables[0].values()):
         for step in dict.fromkeys(step for step, _ in common):
-            best = values(metric, [min((row for (s, _), row in table.items() if s == step),
+            averages = [weights for s, weights in common if s == step]
+            best = values(metric, [min((table[step, weights] for weights in averages),
                                        key=functools.partial(cost, metric=metric))
                                    for table in tables])
             reference = sorted(methods, key=best.get)
             orders[step, Weights("best"), metric] = "".join(reference)
-            for weights in [w for s, w in common if s == step]:
+            for weights in averages:
                 here = values(metric, [table[step, weights] for table in tables])
                 flips = [all(b[0] - a[0] > math.hypot(a[1], b[1])
                              for a, b in ((best[x], best[y]), (here[y], here[x])))
@@ -2094,9 +2100,10 @@ def load_methods(paths):
     methods = {}
     for path in paths:
         rows = read_rows(path / "results.csv")
-        if not rows or not (path / "checkpoint.pt").exists():
+        state = load_checkpoint(path / "checkpoint.pt") if rows else {"step": 0}
+        if not state["step"] or state["step"] < state["args"]["steps"]:
             raise ValueError(f"{path} holds no finished run; give folders that --out named")
-        args = load_checkpoint(path / "checkpoint.pt")["args"]
+        args = state["args"] | {"data": Path(state["args"]["data"]).name}
         held_out, found = read_rows(path / "held_out.csv", ROW_KEY), {}
         for row in rows:
             settings = {k: args[k] for k in (*FIXED, "steps") if k != "seed"}
@@ -2118,13 +2125,19 @@ def load_methods(paths):
 def report(methods, out):
     """Runs that differ in their seed are one method; methods of other settings compete."""
     pooled, names = {}, {}
+    for old in [*out.glob("sweep-?.png"), *out.glob("modes-?.png"), *out.glob("report.png")]:
+        old.unlink()  # the letters may mean other methods now
     for letter, (settings, seeds) in zip(string.ascii_uppercase, methods.items()):
         differ = [f"{k} {v}" for k, v in settings if any((k, v) not in other for other in methods)]
         names[letter] = ", ".join(differ) or "all runs"
         tables, losses = zip(*seeds.values())
         pooled[letter] = pool(tables)
         spread_of = f"{len(seeds)} seeds" if len(seeds) > 1 else "the bootstrap of one seed"
-        print(f"\n{letter}: {names[letter]}; mean and spread of {spread_of}, {len(tables)} runs")
+        left_out = sum(map(len, tables)) - len(seeds) * len(pooled[letter])
+        print(f"\n{letter}: {names[letter]}; mean and spread of {spread_of}"
+              + f"; {left_out} rows that not all seeds have are left out" * (left_out > 0))
+        if not pooled[letter]:
+            continue
         print_table(pooled[letter])
         agrees = [x for seed, both in seeds.items() for x in print_agreement(seed, *both)]
         if agrees:
@@ -2133,8 +2146,10 @@ def report(methods, out):
         title = f"{names[letter]}, {spread_of}"
         plot_sweep(pooled[letter], pool(losses), title, out / f"sweep-{letter}.png")
         plot_modes(pooled[letter], title, out / f"modes-{letter}.png")
-    if len(methods) > 1:
-        orders = rank(pooled)
+    orders = rank(pooled)
+    if len(methods) > 1 and not orders:
+        print("\nthe methods have no step in common to be ranked at")
+    elif len(methods) > 1:
         columns = metrics_in(pooled["A"])
         print("\nranking, best first; at the best decay of each, then at each decay; flipped "
               "against the former: ! outside, ? inside the spread")
@@ -2205,7 +2220,8 @@ def decays(text):
             return item if item == "auto" else parse_decay(item)
         except ValueError as error:
             raise ValueError(f"{error}, sweep, auto") from None
-    return several(parse)(text.replace("sweep", ",".join(SWEEP)))
+    items = [",".join(SWEEP) if item == "sweep" else item for item in text.split(",")]
+    return several(parse)(",".join(items))
 
 
 def make_parser():
@@ -2274,7 +2290,8 @@ def resolve(given):
         if changed:
             raise ValueError(f"{out} holds a run with other settings: {', '.join(changed)}; "
                              "leave them out, or choose another --out")
-    elif read_rows(out / "results.csv"):
+    tables = read_rows(out / "results.csv"), read_rows(out / "held_out.csv", ROW_KEY)  # ours?
+    if any(tables) and not checkpoint:
         raise ValueError(f"{out} holds results without their checkpoint; give another --out")
     args.setdefault("tracked", [decay for decay in args["decay"] if decay != "auto"])
     args["saved"] = {k: v for k, v in args.items() if k not in ("out", "device", "saved")}
@@ -2290,7 +2307,9 @@ def resolve(given):
         raise ValueError(f"--steps {args.steps} is less than the {reached} of the run in {out}")
     lost = [step for step in args.stage_steps
             if step < reached and not stage_path(out, step, args.steps).exists()]
-    if lost:
+    if "stages" not in given:  # those of the run, now fractions of another number of steps
+        args.stage_steps = [step for step in args.stage_steps if step not in lost]
+    if lost and ("stages" in given or not args.stage_steps):
         raise ValueError(f"{out} kept no checkpoint at step {lost[0]}: ask for --stages before "
                          "training")
     if args.device == "auto":
@@ -2358,7 +2377,7 @@ def main(argv=None):
     given = vars(parser.parse_args(argv))
     if "report" in given:
         if others := given.keys() - {"report", "out"}:
-            parser.error(f"--report goes with --out alone, not with --{min(others)}")
+            parser.error(f"--report goes with --out alone, not with --{min(others).replace('_', '-')}")
         out = given.get("out", Path("runs", "report"))
         try:
             methods = load_methods(given["report"])
@@ -2395,7 +2414,10 @@ def main(argv=None):
         probe = EMA(nn.Linear(1, 1), args.tracked)
         for probe.step in args.stage_steps:
             for decay in args.decay:
-                probe.error_bound(decay)  # is it tracked, or can it be read out?
+                try:
+                    probe.error_bound(decay)  # is it tracked, or can it be read out?
+                except ValueError as error:
+                    raise ValueError(f"{error}; a run with another --out can track it") from None
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(error)
@@ -2405,24 +2427,32 @@ def main(argv=None):
             train(args, step, running, signals, model, origin, network, diffusion, ema, optimizer,
                   data, held_out)
     held_out_rows = rate_decays(args, model, network, diffusion, ema, held_out)
-    last_stage = args.stage_steps[-1]
-    if missing := missing_rows(args, held_out_rows):
-        load_stage(args, last_stage, model, ema)
+    last_stage, log = args.stage_steps[-1], read_log(args.out)
+    missing = missing_rows(args, held_out_rows)
+    load_stage(args, last_stage, model, ema)
+    if missing or not (args.out / "samples.png").exists():
         shown = [w for w in stage_weights(args, last_stage, held_out_rows)
                  if not w.debias or w.decay not in args.decay]
         plot_samples(args, shown, network, diffusion, ema, data)
-        plot_curves(args)
-        plot_training(args)
+    if log and (missing or not (args.out / "training.png").exists()):
+        plot_curves(args, log)
+        plot_training(args, log)
+    if missing:
+        (args.out / "sweep.png").unlink(missing_ok=True)
+        (args.out / "modes.png").unlink(missing_ok=True)
         evaluate(args, missing, model, network, diffusion, ema, data, held_out)
-        rows = measured_rows(args)
-        if len(args.decay) + args.auto > 1:
-            plot_sweep(rows, held_out_rows, args.data, args.out / "sweep.png")
-        plot_modes(rows, args.data, args.out / "modes.png")
-    load_stage(args, last_stage, model, ema)
+        load_stage(args, last_stage, model, ema)
+    rows = measured_rows(args)
+    title = f"{args.data}, {args.num_samples} samples by {args.sampler} in {args.sample_steps} steps"
+    if len({row["decay"] for row in rows}) > 2 and not (args.out / "sweep.png").exists():
+        plot_sweep(rows, held_out_rows, title, args.out / "sweep.png")
+    if not (args.out / "modes.png").exists():
+        plot_modes(rows, title, args.out / "modes.png")
     print_cards(args, ema)
-    print_convergence(args)
+    if log:  # somebody may have deleted it
+        print_convergence(log[-1])
     print_choices(args, held_out_rows)
-    print_table(measured_rows(args))
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -1073,7 +1073,7 @@ def test_bootstrap_spread_is_that_of_repeated_sampling():
 
     rows = [measure(*draw(), reference, num_bootstrap=2) for _ in range(30)]
     row = measure(*draw(), reference, num_bootstrap=100)
-    for name in ("fd", "precision", "tv", "tail_share"):
+    for name in ("fd", "is", "precision", "recall", "tv", "tail_share"):
         spread = np.std([r[name] for r in rows])
         assert row[f"{name}_sd"] == pytest.approx(spread, rel=0.5)
 
@@ -1266,9 +1266,10 @@ def finished_run(folder, objective, seed, fds):
     losses = [{k: row[k] for k in ddpm_ema.ROW_KEY} | {"held_out_loss": row["decay"] or "2"}
               for row in rows[1:]]  # the lowest is that of 0.9
     ddpm_ema.write_rows(folder / "held_out.csv", losses)
-    args = {name: 1 for name in ddpm_ema.FIXED} | {"steps": 8, "objective": objective, "seed": seed}
-    parts = dict.fromkeys(("step", "model", "optimizer", "ema", "running"))
-    torch.save({"args": args, **parts}, folder / "checkpoint.pt")
+    args = dict.fromkeys(ddpm_ema.FIXED, "same") | {
+        "steps": 8, "objective": objective, "seed": seed}
+    parts = dict.fromkeys(("model", "optimizer", "ema", "running"))
+    torch.save({"args": args, "step": 8, **parts}, folder / "checkpoint.pt")
 
 
 def test_report_pools_seeds_and_marks_flips(tmp_path, capsys):
@@ -1411,6 +1412,45 @@ def test_the_end_is_saved_though_it_is_no_stage(bars, tmp_path):
     assert {row["step"] for row in rows_of(tmp_path / "run")} == {"2"}
 
 
+def test_a_run_with_stages_trains_on(bars, tmp_path):
+    """The stages are fractions: of more steps they lie where no checkpoint was kept."""
+    out = tmp_path / "run"
+    shutil.copytree(bars / "first", out)
+    run(bars, out, "--steps", "7", "--log-every", "3")  # 0.5: step 4, at hand
+    assert {row["step"] for row in rows_of(out)} == {"2", "4", "7"}
+    run(bars, out, "--steps", "10", "--decay", "0.9")  # 0.5: step 5, long gone
+    assert {row["step"] for row in rows_of(out)} == {"2", "4", "7", "10"}
+    assert [line["step"] for line in ddpm_ema.read_log(out)] == [0, 2, 4, 6, 7, 9, 10]
+
+
+def test_a_signal_in_the_last_step_stops_before_the_evaluation(bars, tmp_path, monkeypatch):
+    update = EMA.update
+
+    def update_and_stop(ema):
+        update(ema)
+        if ema.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(EMA, "update", update_and_stop)
+    with pytest.raises(SystemExit) as stop:
+        run(bars, tmp_path / "run", "--steps", "3")
+    assert stop.value.code == 130 and not (tmp_path / "run" / "results.csv").exists()
+    run(bars, tmp_path / "run", "--steps", "3")
+    assert {row["step"] for row in rows_of(tmp_path / "run")} == {"3"}
+
+
+def test_a_stage_of_which_only_real_is_known_is_left_out(bars, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(bars / "first", out)
+    rows = rows_of(out)
+    ddpm_ema.write_rows(out / "results.csv", [rows[0], *rows[6:]])  # interrupted after step 2's real
+    (out / "sweep.png").unlink()
+    main(["--out", str(out), "--stages", "1"])
+    assert (out / "sweep.png").exists()
+    printed = capsys.readouterr().out.split("\n   step")[1]
+    assert "\n      4  raw" in printed and "\n      2  " not in printed
+
+
 def test_accumulation_gives_the_same_gradient(bars, tmp_path):
     run(bars, tmp_path / "one", "--steps", "1")
     run(bars, tmp_path / "four", "--steps", "1", "--accumulate", "4")
@@ -1440,14 +1480,16 @@ def test_accumulation_gives_the_same_gradient(bars, tmp_path):
     (["--data", "{bare}"], "not an .npz"), (["--data", "{few}"], "20 is the least"),
     (["--device", "meta"], "cpu, cuda"), (["--steps", "1" + "0" * 40], "100"),
     (["--out", "{alien}"], "not a table"), (["--out", "{orphan}"], "without their checkpoint"),
+    (["--out", "{alien2}"], "not a table"), (["--decay", "sweeping"], "'sweeping'"),
 ])
 def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
-    names = {n: tmp_path / n for n in ("empty", "unequal", "wrong", "alien", "orphan", "run")}
+    names = {n: tmp_path / n for n in ("empty", "unequal", "wrong", "alien", "alien2", "orphan", "run")}
     names |= {n: tmp_path / f"{n}.npz" for n in ("nan", "broken", "odd", "bare", "few", "other")}
     names["first"] = bars / "first"
-    for name in ("empty", "unequal", "wrong", "alien", "orphan"):
+    for name in ("empty", "unequal", "wrong", "alien", "alien2", "orphan"):
         names[name].mkdir()
     (names["alien"] / "results.csv").write_text("a,b\n")
+    (names["alien2"] / "held_out.csv").write_text("a,b\n")
     shutil.copy(bars / "first" / "results.csv", names["orphan"])
     np.save(names["few"].with_suffix(".npy"), np.zeros(3))
     names["few"].with_suffix(".npy").rename(names["bare"])
