@@ -1921,9 +1921,15 @@ def plot_sweep(rows, held_out, title, path):
             for row, point in zip(line, points) if step == steps[-1] and not debias else ():
                 axis.annotate(row["decay"] or "raw", point, xytext=(3, 3), fontsize=7,
                               textcoords="offset points")
-    axis.plot(float(real["recall"]), float(real["precision"]), "k*", ms=9, label="real")
+    where = float(real["recall"]), float(real["precision"])
+    axis.plot(*where, "k*", ms=9, label="real, at {:.2f}, {:.2f}".format(*where))
     tidy(axis, "precision and recall along the decays", xlabel="recall", ylabel="precision")
     axis.legend(frameon=False, fontsize=8)
+    # The frame is that of the debiased averages: what collapses leaves it.
+    frame = [row for row in rows if row["debias"] == "1"] or rows
+    recalls = [float(row["recall"]) for row in frame]
+    axis.set(xlim=(min(recalls) - 0.05, 1.02),
+             ylim=(0, 1.2 * max(float(row["precision"]) for row in frame) + 0.01))
 
     for name in names:
         axis = next(panels)
@@ -1959,22 +1965,28 @@ def plot_sweep(rows, held_out, title, path):
 
 
 def plot_modes(rows, title, path):
-    """modes.png: how often each mode comes, over how often it should; the rare ones' mass."""
+    """modes.png: how often each mode comes, over how often it should; the rare ones' mass.
+
+    Shown are raw, the plain decay of the best Fréchet distance, and the longest of CANDIDATES that
+    was measured, debiased: plain, little but the initial weights would be seen of it.
+    """
     modes = [name for name in rows[0] if name.startswith("mode_") and not name.endswith("_sd")]
     steps = list(dict.fromkeys(row["step"] for row in rows))
     if not modes:
         return
     line = constant([row for row in rows if row["step"] == steps[-1]], False)
-    middle = min(line, key=lambda row: cost(row, metrics_in(rows)[0]))
-    long = [row for row in line if row["weights"] == "raw" or float(row["init_share"]) < 0.5][-1]
+    middle = min(line[1:] or line, key=functools.partial(cost, metric=metrics_in(rows)[0]))
+    debiased = constant([row for row in rows if row["step"] == steps[-1]], True)
+    long = [row for row in debiased if row["decay"] in CANDIDATES or row["weights"] == "raw"][-1]
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
     figure.suptitle(title)
-    shown = {id(row): row for row in (line[0], middle, long)}.values()
-    for row, color in zip(shown, (RAW, "#3b8f6b", "#3b4cc0")):
+    shown = {str(weights_of(row)): row for row in (line[0], middle, long)}
+    for i, (label, row) in enumerate(shown.items()):
         often = [max(float(row[name] or 0), 0.03) for name in modes]
-        left.errorbar(range(len(modes)), often, [spread(row, name) for name in modes], color=color,
-                      marker="o", ms=4, lw=1, elinewidth=0.7, label=str(weights_of(row)))
+        left.errorbar([k + 0.2 * (i - 1) for k in range(len(modes))], often,
+                      [spread(row, name) for name in modes], fmt="o", ms=4, elinewidth=0.7,
+                      color=(RAW, "#3b8f6b", "#3b4cc0")[i], label=label)
     left.axhline(1, color="black", lw=0.8)
     left.set_xticks(range(len(modes)), [name.removeprefix("mode_") for name in modes])
     tidy(left, f"samples of each mode over its true share, step {steps[-1]}; 0 is drawn at 0.03",
