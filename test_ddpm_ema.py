@@ -1101,14 +1101,18 @@ def bars(tmp_path_factory):
     return folder
 
 
+def undrawn():
+    """Inside, the slow pictures are left out."""
+    return mock.patch.multiple(ddpm_ema, **dict.fromkeys(PICTURES, mock.DEFAULT))
+
+
 def run(folder, out, *flags):
     """The command itself, in this process; its slow pictures are drawn for the first run only."""
     first = out == folder / "first"
     if not first and not out.exists():
         out.mkdir()
         shutil.copy(folder / "first" / "classifier.pt", out)
-    drawing = {} if first else {name: mock.DEFAULT for name in PICTURES}
-    with mock.patch.multiple(ddpm_ema, **drawing) if drawing else contextlib.nullcontext():
+    with contextlib.nullcontext() if first else undrawn():
         main(["--data", str(folder / "bars.npz"), "--out", str(out), *TINY, *flags])
 
 
@@ -1317,7 +1321,8 @@ def test_report_of_what_is_none_is_one_line(bars, tmp_path, capsys, flags, messa
 def test_another_decay_needs_no_training(bars, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(bars / "first", out)
-    main(["--out", str(out), "--decay", "0.97"])
+    with undrawn():
+        main(["--out", str(out), "--decay", "0.97"])
     assert (out / "metrics.jsonl").read_text() == (bars / "first" / "metrics.jsonl").read_text()
     new = [r for r in rows_of(out) if r["decay"] == "0.97"]
     assert [r["step"] + r["debias"] for r in new] == ["20", "21", "40", "41"]
@@ -1372,8 +1377,9 @@ def test_interruption_saves_and_continues(bars, tmp_path):
     PIXELS[:, None], np.random.default_rng(0).normal(size=(40, 5, 8, 8))], ids=["wide", "latents"])
 def test_data_without_labels(images, tmp_path):
     np.savez(tmp_path / "data.npz", images=images)
-    main(["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), *TINY,
-          "--steps", "2", "--preset", "small"])
+    with undrawn():
+        main(["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), *TINY,
+              "--steps", "2", "--preset", "small"])
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 4 and all(math.isfinite(float(row["fd"])) for row in rows)
     assert "tail_share" not in rows[0]  # there are no known modes
