@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import csv
+import functools
 import gzip
 import hashlib
 import http.server
@@ -1101,9 +1102,11 @@ def bars(tmp_path_factory):
     return folder
 
 
-def undrawn():
-    """Inside, the slow pictures are left out."""
-    return mock.patch.multiple(ddpm_ema, **dict.fromkeys(PICTURES, mock.DEFAULT))
+def small(drawn=False):
+    """Inside, the classifier trains briefly, and the slow pictures are left out unless `drawn`."""
+    brief = functools.partial(ddpm_ema.train_classifier, num_steps=100)
+    pictures = {} if drawn else dict.fromkeys(PICTURES, mock.DEFAULT)
+    return mock.patch.multiple(ddpm_ema, train_classifier=brief, **pictures)
 
 
 def run(folder, out, *flags):
@@ -1112,7 +1115,7 @@ def run(folder, out, *flags):
     if not first and not out.exists():
         out.mkdir()
         shutil.copy(folder / "first" / "classifier.pt", out)
-    with contextlib.nullcontext() if first else undrawn():
+    with small(drawn=first):
         main(["--data", str(folder / "bars.npz"), "--out", str(out), *TINY, *flags])
 
 
@@ -1321,7 +1324,7 @@ def test_report_of_what_is_none_is_one_line(bars, tmp_path, capsys, flags, messa
 def test_another_decay_needs_no_training(bars, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(bars / "first", out)
-    with undrawn():
+    with small():
         main(["--out", str(out), "--decay", "0.97"])
     assert (out / "metrics.jsonl").read_text() == (bars / "first" / "metrics.jsonl").read_text()
     new = [r for r in rows_of(out) if r["decay"] == "0.97"]
@@ -1377,7 +1380,7 @@ def test_interruption_saves_and_continues(bars, tmp_path):
     PIXELS[:, None], np.random.default_rng(0).normal(size=(40, 5, 8, 8))], ids=["wide", "latents"])
 def test_data_without_labels(images, tmp_path):
     np.savez(tmp_path / "data.npz", images=images)
-    with undrawn():
+    with small():
         main(["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), *TINY,
               "--steps", "2", "--preset", "small"])
     rows = rows_of(tmp_path / "run")
