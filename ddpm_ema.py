@@ -1572,7 +1572,7 @@ def rate_decays(args, model, network, diffusion, ema, held_out):
 
 
 def choose(held_out, step):
-    """The candidates at a step, from the lowest held-out loss to the highest: rows of rate_decays."""
+    """The candidates at a step, rows of `rate_decays`, from the lowest held-out loss up."""
     rows = [row for row in held_out if row["step"] == str(step) and row["decay"] in CANDIDATES]
     return sorted(rows, key=functools.partial(cost, metric="held_out_loss"))
 
@@ -1880,7 +1880,7 @@ def decay_axis(axis):
 
 
 def constant(rows, debias):
-    """raw and the constant decays among rows, shortest first; schedules have no place on an axis."""
+    """raw and the constant decays among rows, shortest first: a schedule has no fixed place."""
     rows = [row for row in rows if row["weights"] == "raw" or (
         row["debias"] == str(int(debias)) and
         (row["decay"][:1].isdigit() or row["decay"].startswith("halflife")))]
@@ -2008,8 +2008,8 @@ def plot_ranking(pooled, names, orders, path):
     metrics, steps = metrics_in(tables[0]), list(dict.fromkeys(row["step"] for row in tables[0]))
     figure = Figure(figsize=(4.2 * len(steps), 2.8 * len(metrics)), layout="constrained")
     axes = figure.subplots(len(metrics), len(steps), squeeze=False)
-    figure.suptitle("plain averages solid, debiased dashed\nflips of the plain ranking against that "
-                    "at best decays: ! outside, ? inside the spread", fontsize=10)
+    figure.suptitle("plain averages solid, debiased dashed\nflips of the plain ranking against "
+                    "that at best decays: ! outside, ? inside the spread", fontsize=10)
     for axis_row, metric in zip(axes, metrics):
         for axis, step in zip(axis_row, steps):
             for i, (rows, name) in enumerate(zip(tables, names.values())):
@@ -2075,9 +2075,9 @@ def print_agreement(seed, rows, held_out):
 def rank(methods):
     """{(step, Weights, metric): order} of methods {letter: pooled rows}, such as "AB" or "BA!".
 
-    The reference, under Weights("best"), gives every method its best of the common decays. ! marks a
-    pair whose order is flipped against it outside the spread, ? one flipped inside: outside means
-    that both differences exceed the root of the summed squares of the two spreads.
+    The reference, under Weights("best"), gives every method its best of the common decays. A
+    ! marks a pair whose order is flipped against it outside the spread, a ? one flipped inside:
+    outside means that both differences exceed the root of the summed squares of the two spreads.
     """
     tables = [{(r["step"], weights_of(r)): r for r in rows if r["weights"] != "real"}
               for rows in methods.values()]
@@ -2165,7 +2165,8 @@ def report(methods, out):
         columns = metrics_in(pooled["A"])
         print("\nranking, best first; at the best decay of each, then at each decay; flipped "
               "against the former: ! outside, ? inside the spread")
-        print(f"{'step':>7}  {'weights':18}" + "".join(f"{c.replace('_', ' '):>14}" for c in columns))
+        heads = "".join(f"{c.replace('_', ' '):>14}" for c in columns)
+        print(f"{'step':>7}  {'weights':18}{heads}")
         for step, weights in dict.fromkeys(key[:2] for key in orders):
             print(f"{step:>7}  {weights!s:18}"
                   + "".join(f"{orders.get((step, weights, c), ''):>14}" for c in columns))
@@ -2389,7 +2390,8 @@ def main(argv=None):
     given = vars(parser.parse_args(argv))
     if "report" in given:
         if others := given.keys() - {"report", "out"}:
-            parser.error(f"--report goes with --out alone, not with --{min(others).replace('_', '-')}")
+            other = min(others).replace("_", "-")
+            parser.error(f"--report goes with --out alone, not with --{other}")
         out = given.get("out", Path("runs", "report"))
         try:
             methods = load_methods(given["report"])
@@ -2455,7 +2457,8 @@ def main(argv=None):
         evaluate(args, missing, model, network, diffusion, ema, data, held_out)
         load_stage(args, last_stage, model, ema)
     rows = measured_rows(args)
-    title = f"{args.data}, {args.num_samples} samples by {args.sampler} in {args.sample_steps} steps"
+    title = (f"{args.data}, {args.num_samples} samples by {args.sampler} in "
+             f"{args.sample_steps} steps")
     if len({row["decay"] for row in rows}) > 2 and not (args.out / "sweep.png").exists():
         plot_sweep(rows, held_out_rows, title, args.out / "sweep.png")
     if not (args.out / "modes.png").exists():

@@ -1262,7 +1262,7 @@ def test_convergence_by_hand():
 # ==================================================================================================
 
 def finished_run(folder, objective, seed, fds):
-    """A folder that looks like a finished run: {decay: Fréchet distance}, the same held-out loss."""
+    """A folder that looks like a finished run: {decay: Fréchet distance}."""
     folder.mkdir()
     rows = [{"step": "8", "weights": "ema" if decay else "raw", "decay": decay, "debias": "0",
              "init_share": "0.1" * bool(decay), "fd": str(fd), "fd_sd": "0.5", "precision": "0.5",
@@ -1452,7 +1452,7 @@ def test_a_stage_of_which_only_real_is_known_is_left_out(bars, tmp_path, capsys)
     out = tmp_path / "run"
     shutil.copytree(bars / "first", out)
     rows = rows_of(out)
-    ddpm_ema.write_rows(out / "results.csv", [rows[0], *rows[6:]])  # interrupted after step 2's real
+    ddpm_ema.write_rows(out / "results.csv", [rows[0], *rows[6:]])  # stopped after step 2's real
     (out / "sweep.png").unlink()
     main(["--out", str(out), "--stages", "1"])
     assert (out / "sweep.png").exists()
@@ -1492,10 +1492,11 @@ def test_accumulation_gives_the_same_gradient(bars, tmp_path):
     (["--out", "{alien2}"], "not a table"), (["--decay", "sweeping"], "'sweeping'"),
 ])
 def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
-    names = {n: tmp_path / n for n in ("empty", "unequal", "wrong", "alien", "alien2", "orphan", "run")}
+    folders = ("empty", "unequal", "wrong", "alien", "alien2", "orphan")
+    names = {n: tmp_path / n for n in (*folders, "run")}
     names |= {n: tmp_path / f"{n}.npz" for n in ("nan", "broken", "odd", "bare", "few", "other")}
     names["first"] = bars / "first"
-    for name in ("empty", "unequal", "wrong", "alien", "alien2", "orphan"):
+    for name in folders:
         names[name].mkdir()
     (names["alien"] / "results.csv").write_text("a,b\n")
     (names["alien2"] / "held_out.csv").write_text("a,b\n")
