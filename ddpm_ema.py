@@ -113,6 +113,22 @@ def bare_model(model):
     return model
 
 
+@contextlib.contextmanager
+def full_precision():
+    """Inside, products are float32, also where a training script allows TF32 or bfloat16 ones."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    allowed = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed):
+            backend.fp32_precision = "none"  # what torch.backends.fp32_precision says: follow it
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+
 class EMA:
     """Moving averages of a model's parameters, for many decays at once and any decay afterwards.
 
@@ -264,19 +280,13 @@ class EMA:
         share = share - wobble.clamp(-share / 2, share / 2)
         mix = mix / share  # [K, 1 + m]
         mix, share = mix.to(device, torch.float32), share.to(device, torch.float32)
-        # The averages stay exact where a training script allows TF32 or bfloat16 products.
-        backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-        allowed = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        for later, earlier, moves, mean, bank, square in self._chunks:
-            torch.sub(later, earlier, out=moves)  # θ_b - θ_0, then δ_1 … δ_m
-            steps = moves[1:].view(-1)
-            torch.dot(steps, steps, out=square)
-            torch.mm(mix, moves, out=mean)
-            bank.lerp_(mean, share)
-        for backend, precision in zip(backends, allowed):
-            backend.fp32_precision = precision
+        with full_precision():
+            for later, earlier, moves, mean, bank, square in self._chunks:
+                torch.sub(later, earlier, out=moves)  # θ_b - θ_0, then δ_1 … δ_m
+                steps = moves[1:].view(-1)
+                torch.dot(steps, steps, out=square)
+                torch.mm(mix, moves, out=mean)
+                bank.lerp_(mean, share)
         self._path += self._squares.sum(dtype=torch.float64)
         self._recent[0].copy_(self._recent[-1])
         self._pending = 0
@@ -292,7 +302,7 @@ class EMA:
         """The whole [P] of which every rank has its slice."""
         whole = part.new_zeros(self._total)
         whole[self._slice] = part
-        return self._sum(whole)
+        return self._sum(whole).to(part.device)
 
     def _survival(self, spec):
         """S_n [t + 1] (float64), n = 0 … t: the share of e_t's weight at least n steps back."""

@@ -466,18 +466,42 @@ def test_low_precision_parameters_have_float32_averages_that_move():
 
 
 def test_allowed_low_precision_products_do_not_reach_the_averages():
-    results = []
-    for precision in ("highest", "medium"):
-        torch.set_float32_matmul_precision(precision)
+    backends, mm, seen = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul), torch.mm, []
+
+    def precisions():
+        return [backend.fp32_precision for backend in backends]
+
+    def watched(*arguments, **settings):
+        seen.append(precisions())
+        return mm(*arguments, **settings)
+
+    def run():
         model = mlp()
         ema = EMA(model, MIXED)
-        with torch.autocast("cpu", enabled=precision == "medium"):
+        with mock.patch("torch.mm", watched):
             for _ in wandering(model, "walk", 48):
                 ema.update()
-        assert torch.get_float32_matmul_precision() == precision
-        results.append(ema.weights(0.999))
-    torch.set_float32_matmul_precision("highest")
-    assert_same(*results)
+        return ema.weights(0.999)
+
+    try:
+        exact = run()
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu"):
+            assert_same(exact, run())
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.matmul.allow_tf32  # the old switches can still be read
+        assert precisions() == ["tf32", "bf16"]
+        assert seen and all(at_work == ["ieee", "ieee"] for at_work in seen)
+        for backend in backends:
+            backend.fp32_precision = "none"
+        for precision in ("tf32", "ieee"):  # a switch for all still reaches the products afterwards
+            torch.backends.fp32_precision = precision
+            run()
+            assert precisions() == [precision] * 2
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend in (torch.backends, *backends):
+            backend.fp32_precision = "none"
 
 
 def test_replaced_and_deep_copied_models_are_followed_by_name():
