@@ -457,9 +457,13 @@ class EMA:
         }
 
     def state_dict(self):
-        """All that an uninterrupted run knows: tensors, numbers, texts and containers of them."""
+        """All that an uninterrupted run knows: CPU tensors, numbers, texts, containers of them."""
         if self._swapped:
             raise RuntimeError("state_dict() inside applied(): the model holds averaged weights")
+
+        def whole(rows):  # on the CPU, row by row: a GPU may not have room for the bank twice
+            return torch.stack([self._gather(row).cpu() for row in rows])
+
         return {
             "step": self.step,
             "decays": list(self.decays),
@@ -469,9 +473,9 @@ class EMA:
             "loaded": dict(self._loaded),
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
             "path": self._sum(self._path.clone()).item(),
-            "initial": self._gather(self._initial),  # [P]
-            "bank": torch.stack([self._gather(row) for row in self._bank]),  # [K, P]
-            "recent": torch.stack([self._gather(row) for row in self._recent]),  # [block + 1, P]
+            "initial": whole(self._initial[None])[0],  # [P]
+            "bank": whole(self._bank),  # [K, P]
+            "recent": whole(self._recent),  # [block + 1, P]
         }
 
     @torch.no_grad()
@@ -492,8 +496,7 @@ class EMA:
         places = dict(zip(state["shapes"], torch.arange(self._total).split(sizes)))
         columns = torch.cat([places[name] for name in self._shapes])[self._slice]
         for name in ("initial", "bank", "recent"):
-            saved = state[name].cpu()[..., columns]
-            getattr(self, f"_{name}").copy_(saved)
+            getattr(self, f"_{name}").copy_(state[name].cpu()[..., columns])
         self._path.fill_(state["path"] if self._rank == 0 else 0.0)
 
     @torch.no_grad()

@@ -58,6 +58,7 @@ from ddpm_ema import (
 # EMA
 # ==================================================================================================
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 MIXED = (0.5, 0.9, 0.999, 0.999999, "step", "ramp:0.9999", "halflife:50", "power:0.10")
 
 
@@ -675,6 +676,41 @@ def test_accumulated_gradients_and_optimizer_hook_count_optimizer_steps(hook):
                 ema.update()
             oracle.update()
     assert ema.step == 10 and oracle.error(ema, 0.9)[1] < 1e-6
+
+
+# On a GPU -----------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
+def test_the_bank_of_a_model_on_a_gpu_equals_that_on_the_cpu(home):
+    model, twin = mlp(), mlp().cuda()
+    ema, other, oracle = EMA(model, MIXED), EMA(twin, MIXED, device=home), Oracle(model, MIXED)
+    torch.set_float32_matmul_precision("high")  # allows TF32
+    try:
+        for _ in wandering(model, "walk", 41):
+            for here, there in zip(model.parameters(), twin.parameters()):
+                there.data.copy_(here)
+            ema.update()
+            other.update()
+            oracle.update()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert other._bank.device.type == home
+    for decay in (*MIXED, 0.9993):
+        exact, weights = ema.weights(decay), other.weights(decay)
+        assert all(value.is_cuda for value in weights.values())
+        error = flatten(weights.values()).cpu() - flatten(exact.values())
+        assert error.norm() < 5e-6 * (flatten(exact.values()) - oracle.first).norm()
+        assert other.error_bound(decay) == pytest.approx(ema.error_bound(decay), rel=1e-3)
+        assert other.card(decay) == pytest.approx(ema.card(decay))
+    own = flatten(twin.parameters())
+    with other.applied(0.9993):
+        assert torch.equal(flatten(twin.parameters()), flatten(weights.values()))
+    assert torch.equal(flatten(twin.parameters()), own)
+    moved = EMA(model, MIXED)  # a state goes from one device to the other
+    moved.load_state_dict(saved(other.state_dict()))
+    assert_same(moved.weights("step"), {n: v.cpu() for n, v in other.weights("step").items()})
 
 
 # Several processes --------------------------------------------------------------------------------
@@ -1345,6 +1381,33 @@ def test_report_of_what_is_none_is_one_line(bars, tmp_path, capsys, flags, messa
 # The command, continued
 # ==================================================================================================
 
+@needs_gpu
+def test_the_command_takes_the_gpu_by_itself(bars, tmp_path, monkeypatch):
+    seen = []
+
+    def look(module, inputs, output):
+        if isinstance(module, UNet):
+            kernels = [p for p in module.parameters() if p.dim() == 4]
+            last = all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+            seen.append((inputs[0].device.type, output.dtype, last))
+
+    x0, places = ddpm_ema.Dataset.x0, set()
+    monkeypatch.setattr(ddpm_ema.Dataset, "x0", lambda data, index: (
+        places.add((data.images.device.type, index.device.type)), x0(data, index))[1])
+    watch = nn.modules.module.register_module_forward_hook(look)
+    try:
+        run(bars, tmp_path / "run", "--steps", "4", "--decay", "0.5")
+    finally:
+        watch.remove()
+    assert set(seen) == {("cuda", torch.bfloat16, True)} and places == {("cuda", "cuda")}
+    table = tmp_path / "run" / "held_out.csv"
+    losses = [float(row["held_out_loss"]) for row in csv.DictReader(table.open())]
+    table.unlink()  # the same weights on the CPU, in float32
+    run(bars, tmp_path / "run", "--device", "cpu", "--decay", "0.5")
+    assert losses == pytest.approx(
+        [float(row["held_out_loss"]) for row in csv.DictReader(table.open())], rel=0.02)
+
+
 def test_another_decay_needs_no_training(bars, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(bars / "first", out)
@@ -1733,8 +1796,10 @@ def run_toy(*arguments, folder):
     return subprocess.run(command, check=False, **how)
 
 
-def test_the_command_writes_the_table_and_the_pictures(tmp_path):
-    done = run_toy("--decay", "0.9,halflife:4", "--target", "exact", folder=tmp_path)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_the_command_writes_the_table_and_the_pictures(tmp_path, device):
+    done = run_toy("--decay", "0.9,halflife:4", "--target", "exact", "--device", device,
+                   folder=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "runs" / "toy2d"
     names = ["results.csv", "stages.png", "toy2d.png", "zoom.png"]
