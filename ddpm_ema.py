@@ -116,6 +116,14 @@ def bare_model(model):
 @contextlib.contextmanager
 def full_precision():
     """Inside, products are float32, also where a training script allows TF32 or bfloat16 ones."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 or earlier
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)
+        return
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
@@ -137,7 +145,7 @@ class EMA:
 
     model: any module, also compiled or wrapped in DistributedDataParallel. Its parameters are
         averaged in float32, whatever their dtype; its buffers are read out as they are.
-    decays: numbers 0 <= decay < 1 or schedules, see `parse_decay`.
+    decays: one or several numbers 0 <= decay < 1 or schedules, see `parse_decay`.
     ladder: constant decays that are tracked as well, so that any decay between them can be read
         out; None for none.
     block: steps that are kept before they are folded into the averages in one go.
@@ -153,8 +161,9 @@ class EMA:
         if block < 1:
             raise ValueError(f"block is {block}: at least one step")
         self.model, self.block = model, block
+        decays = [decays] if isinstance(decays, (str, int, float)) else decays
         self.decays = [parse_decay(decay) for decay in decays]
-        self._ladder = [parse_decay(float(decay)) for decay in ladder or ()]
+        self._ladder = [parse_decay(float(rung)) for rung in (() if ladder is None else ladder)]
         if "0" in self._ladder:
             raise ValueError("a ladder has decays above 0")
         self._rows = list(dict.fromkeys([*self.decays, *self._ladder]))
@@ -165,7 +174,8 @@ class EMA:
         self._bind()
         sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._total = sum(sizes)
-        device = torch.device(device or self._parameters[0].device)
+        device = torch.device(self._parameters[0].device if device is None else device)
+        like = {"dtype": torch.float32, "device": device}
 
         # A rank owns whole chunks of one grid that does not depend on the number of ranks: the
         # products have the same shapes, and so the averages the same bits, on any of them.
@@ -180,12 +190,12 @@ class EMA:
 
         # Step t is in row 1 + (t - 1) % block of `recent`, the last fold's weights are in row 0.
         rows = len(self._rows)
-        self._bank = torch.zeros(rows, width, device=device)  # [K, P] d
-        stored = torch.zeros(block + 2, width, device=device)
+        self._bank = torch.zeros(rows, width, **like)  # [K, P] d
+        stored = torch.zeros(block + 2, width, **like)
         self._initial, self._recent = stored[0], stored[1:]  # [P] θ_0, [block + 1, P] θ
         # What a fold reads and writes, chunk by chunk: cut once, since cutting costs time as well.
-        scratch = torch.empty((block + 1 + rows) * min(self._chunk, width), device=device)
-        self._squares = torch.zeros(-(-width // self._chunk), device=device)
+        scratch = torch.empty((block + 1 + rows) * min(self._chunk, width), **like)
+        self._squares = torch.zeros(-(-width // self._chunk), **like)
         self._chunks, tables = [], (stored.split(self._chunk, 1), self._bank.split(self._chunk, 1))
         for weights, bank, square in zip(*tables, self._squares):
             size = weights.shape[1]
@@ -236,8 +246,9 @@ class EMA:
 
     def _live(self):
         """The model's parameters and buffers by bare name, tied ones under each of their names."""
-        state = bare_model(self.model).state_dict(keep_vars=True)
-        return {bare_name(name): value for name, value in state.items()}
+        model = bare_model(self.model)
+        named = model.named_parameters, model.named_buffers
+        return {bare_name(n): value for each in named for n, value in each(remove_duplicate=False)}
 
     @torch.no_grad()
     def _take(self, row):
@@ -338,8 +349,9 @@ class EMA:
             norm = target[window:].square().sum()
             for n in torch.arange(window, t + 1).split(65536):
                 cross += (torch.log1p(-rates)[:, None] * n).exp() @ target[n]
-        # The ridge keeps the float32 rounding of the rows from being amplified.
-        ridge = 1e-12 * gram.diag().diag()
+        # The ridge keeps the float32 rounding of the rows from being amplified; it is relative to
+        # all steps, so that a row that forgets within the window is not blown up to fit the rest.
+        ridge = 1e-12 * geometric_sum(rates, rates, 0, t).diag()
         fit = torch.linalg.solve(gram + ridge, cross)
         size = fit @ gram @ fit
         misfit = (norm - 2 * fit @ cross + size).clamp(min=0) + 1e-15 * (norm + size)
@@ -367,20 +379,26 @@ class EMA:
                 total.add_(rows[k], alpha=coefficients[k].item())
         return total
 
+    def _averages(self, decay, debias):
+        """{id of a parameter: its average, float32, on its device}"""
+        if self._fingerprint() != self._seen:
+            self._bind()
+        flat = self._gather(self._read(decay, debias).float())
+        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
+        pairs = zip(self._parameters, parts)
+        return {id(p): part.view(p.shape).to(p.device) for p, part in pairs}
+
     def weights(self, decay, debias=False):
         """The averages (float32) and the present buffers, named as in the bare model's state_dict.
 
         decay: a tracked one, or any within the ladder's range (see `error_bound`). debias takes
         the initial weights out: θ_0 + d / (1 - c), see `init_share`.
         """
-        if self._fingerprint() != self._seen:
-            self._bind()
-        flat = self._gather(self._read(decay, debias).float())
-        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
-        pairs = zip(self._parameters, parts)
-        averages = {id(p): part.view(p.shape).to(p.device) for p, part in pairs}
-        live = self._live()
-        return {k: averages[id(v)] if id(v) in averages else v.clone() for k, v in live.items()}
+        averages, live, result = self._averages(decay, debias), self._live(), {}
+        for name, value in bare_model(self.model).state_dict(keep_vars=True).items():
+            value = live.get(bare_name(name), value)  # a model's own state_dict may hold copies
+            result[bare_name(name)] = averages.get(id(value), value)
+        return {k: v.clone() if torch.is_tensor(v) else v for k, v in result.items()}
 
     def init_share(self, decay):
         """c = Π_t β_t in [0, 1]: the weight that the average still gives to the initial weights."""
@@ -395,33 +413,36 @@ class EMA:
         For a debiased read-out divide by 1 - init_share.
         """
         mixture, _, misfit = self._fit(parse_decay(decay))
-        pending = self._recent[: self._pending + 1]
-        path = self._path + (pending[1:] - pending[:-1]).double().square().sum()
-        rows = torch.linalg.vector_norm(self._bank, dim=1, dtype=torch.float64).square()
-        path, *rows = self._sum(torch.cat([path[None], rows])).sqrt().tolist()
+        if not misfit:
+            return 0.0
+        pending = zip(self._recent[1:][: self._pending], self._recent)
+        moves = (later - earlier for later, earlier in pending)
+        rows = [torch.linalg.vector_norm(row, dtype=torch.float64).square()
+                for part in (self._bank, moves) for row in part]  # one by one, for the memory's sake
+        path = self._path + sum(rows[len(self._bank) :])
+        path, *rows = self._sum(torch.stack([path, *rows[: len(self._bank)]])).sqrt().tolist()
         rounding = sum(abs(a) * row for a, row in zip(mixture.tolist(), rows)) * 2**-20
-        return misfit * path * (1 + 1e-5) + rounding if misfit else 0.0  # the path is float32 too
+        return misfit * path * (1 + 1e-3) + rounding  # the path was summed in float32
 
     @contextlib.contextmanager
     def applied(self, decay, debias=False):
         """Inside, the model has the averaged weights; after, its own again, with its buffers."""
         if self._swapped:
             raise RuntimeError("applied() inside applied(): the model already holds averages")
-        weights = self.weights(decay, debias)
-        live = self._live()
-        own = {name: value.detach().clone() for name, value in live.items()}
+        averages = self._averages(decay, debias)
+        own = {name: value.detach().clone() for name, value in self._live().items()}
 
         @torch.no_grad()
-        def swap(values):
-            for name, value in live.items():
-                value.copy_(values[name])
+        def swap(new):
+            for name, value in self._live().items():  # anew: forward() may bind buffers to others
+                value.copy_(new(name, value))
 
         self._swapped = True
         try:
-            swap(weights)
+            swap(lambda name, value: averages.get(id(value), value))
             yield self.model
         finally:
-            swap(own)
+            swap(lambda name, value: own.get(name, value))
             self._swapped = False
 
     @torch.no_grad()
@@ -451,7 +472,7 @@ class EMA:
             "half_life_steps": half_life,
             **({"half_life_images": half_life * batch_size} if batch_size else {}),
             "sigma_rel": variance.sqrt().item() / steps,
-            "effective_steps": 1 / share.square().sum().item() if self.step else 0.0,
+            "effective_steps": 1 / share.square().sum().item() if len(share) else 0.0,
             "init_share": survival[-1].item(),
             "stalls_in_place": stuck > apart / 2,
         }
@@ -462,7 +483,10 @@ class EMA:
             raise RuntimeError("state_dict() inside applied(): the model holds averaged weights")
 
         def whole(rows):  # on the CPU, row by row: a GPU may not have room for the bank twice
-            return torch.stack([self._gather(row).cpu() for row in rows])
+            table = torch.empty(len(rows), self._total, dtype=torch.float32, device="cpu")
+            for to, row in zip(table, rows):
+                to.copy_(self._gather(row))
+            return table
 
         return {
             "step": self.step,
@@ -488,16 +512,25 @@ class EMA:
         has = [*state["decays"], *map(parse_decay, state["ladder"])]
         if missing := [spec for spec in self.decays if spec not in has]:
             raise ValueError(f"the state has no decay {missing[0]}; it has {', '.join(has)}")
-        rows = state["decays"], state["ladder"], state["block"]
-        self.__init__(self.model, *rows, device=self._bank.device)
+        device = self._bank.device  # it may not have room for the old bank beside the new one
+        del self._bank, self._initial, self._recent, self._chunks, self._views
+        EMA.__init__(self, self.model, state["decays"], state["ladder"], state["block"], device)
         self.step, self._pending = state["step"], state["pending"]
         self._loaded = dict(state["loaded"])
         sizes = [math.prod(shape) for shape in state["shapes"].values()]
-        places = dict(zip(state["shapes"], torch.arange(self._total).split(sizes)))
+        order = torch.arange(self._total, device="cpu")  # whatever the default device is
+        places = dict(zip(state["shapes"], order.split(sizes)))
         columns = torch.cat([places[name] for name in self._shapes])[self._slice]
         for name in ("initial", "bank", "recent"):
             getattr(self, f"_{name}").copy_(state[name].cpu()[..., columns])
         self._path.fill_(state["path"] if self._rank == 0 else 0.0)
+
+    def __getstate__(self):  # as it is, pickling would tear the views from the tables they view
+        return {"model": self.model, "device": self._bank.device, "state": self.state_dict()}
+
+    def __setstate__(self, saved):
+        EMA.__init__(self, saved["model"], (), device=saved["device"])
+        self.load_state_dict(saved["state"])
 
     @torch.no_grad()
     def load_average(self, decay, state_dict, step):
@@ -1495,16 +1528,16 @@ def load_extractor(args, data, held_out):
     The classifier stays in the run's folder, so that rows measured later see the same features.
     With --features the features are FILE's: TorchScript, given uint8 [B, 3, H, W].
     """
-    classifier = Classifier(data.images.shape[1], data.num_classes).to(data.device)
+    classifier = Classifier(data.images.shape[1], data.num_classes)
     path = args.out / "classifier.pt"
-    if not path.exists():
+    if not path.exists():  # trained on the CPU: there two runs come to the same one
         show("training the classifier whose features the metrics use", keep=False)
-        accuracy = train_classifier(classifier, data, held_out)
+        accuracy = train_classifier(classifier, *(copy.copy(d).to("cpu") for d in (data, held_out)))
         show(f"classifier: {accuracy:.1%} of held-out images read correctly")
         with replacing(path) as temporary:
             torch.save(classifier.state_dict(), temporary)
-    classifier.load_state_dict(torch.load(path, map_location=data.device, weights_only=True))
-    classifier.eval()
+    classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    classifier.to(data.device).eval()
     if not args.features:
         return classifier
     inception = torch.jit.load(args.features, map_location=data.device).eval()
@@ -1698,14 +1731,14 @@ def print_table(rows):
     """Every value with its spread; * is the best of the step."""
     names = metrics_in(rows)
     print(f"\n{'step':>7}  {'weights':18} {'horizon':>9} {'init share':>10}"
-          + "".join(f"{n.replace('_', ' '):>16}" for n in names))
+          + "".join(f"{n.replace('_', ' '):>17}" for n in names))
     for row in rows:
         peers = [r for r in rows if r["step"] == row["step"] and r["weights"] != "real"]
         best = {n: row in peers and cost(row, n) == min(cost(r, n) for r in peers) for n in names}
         horizon_text = share = "-"
         if row["weights"] == "ema":
             horizon_text, share = f"{horizon(row):,.0f}", f"{float(row['init_share']):.2g}"
-        values = "".join(f"{float(row[n]):7.3g}{' *'[best[n]]}±{spread(row, n):<7.1g}"
+        values = "".join(f"{float(row[n]):8.3g}{' *'[best[n]]}±{spread(row, n):<7.1g}"
                          for n in names)
         print(f"{row['step']:>7}  {weights_of(row)!s:18} {horizon_text:>9} {share:>10}{values}")
 
@@ -2417,7 +2450,7 @@ def main(argv=None):
         data, held_out = load_data(args.data).to(args.device).split()
         torch.manual_seed(seed_of("init", args.seed))
         model = UNet(data.images.shape[1], **args.network)
-        model = model.to(args.device, memory_format=torch.channels_last)  # a fifth faster
+        model = model.to(args.device, memory_format=torch.channels_last)  # CPU: a fifth faster
         origin = flatten(model)
 
         def network(x, t):  # bfloat16 on a GPU
