@@ -29,15 +29,17 @@ The sections EMA, Noise schedules and UNet each run when pasted alone into an em
 # ==================================================================================================
 # For weights θ_t after optimizer step t and a decay β_t, which may depend on the step:
 #     e_t = β_t e_{t-1} + (1 - β_t) θ_t,    e_0 = θ_0 (the initial weights).
-# Stored is the displacement d = e - θ_0, so that rounding is relative to how far the weights moved.
+# Stored is the displacement d = e - θ_0: rounding is then relative to how far the weights moved.
 #
-# Blocks. With δ_j = θ_j - θ_{j-1} and r_j = 1 - Π_{i≥j} β_i, a block of steps that starts at the
-# weights θ_b changes d exactly by d += r_1 (x - d) with x = θ_b - θ_0 + Σ_j (r_j / r_1) δ_j.
+# Blocks. With δ_j = θ_j - θ_{j-1} and r_j = 1 - Π_{i≥j} β_i, a block of steps that starts at
+# the weights θ_b changes d exactly by
+#     d += r_1 (x - d),    x = θ_b - θ_0 + Σ_j (r_j / r_1) δ_j.
 #
-# Any decay afterwards. Of e_t's weight, S_n = Π_{i>t-n} β_i lies at least n steps back (β^n for a
-# constant decay): e_t = θ_t - Σ_n S_n δ_{t+1-n}. So Σ_k a_k e_k with Σ_k a_k = 1 differs from the
-# e_t of another decay by Σ_n R_n δ_{t+1-n}, R the misfit of the survival functions S, and
-# ‖error‖ ≤ ‖R‖ (Σ_t ‖δ_t‖²)^½. The a_k minimise ‖R‖, whose inner products are geometric series.
+# Any decay afterwards. Of e_t's weight, S_n = Π_{i>t-n} β_i lies at least n steps back (β^n
+# for a constant decay): e_t = θ_t - Σ_n S_n δ_{t+1-n}. So Σ_k a_k e_k with Σ_k a_k = 1 differs
+# from the e_t of another decay by Σ_n R_n δ_{t+1-n}, R the misfit of the functions S, and
+#     ‖error‖ ≤ ‖R‖ (Σ_t ‖δ_t‖²)^½.
+# The a_k minimise ‖R‖; the inner products that this takes are geometric series.
 
 import contextlib
 import math
@@ -323,7 +325,7 @@ class EMA:
         return torch.cat([torch.zeros(1, dtype=torch.float64), logs]).exp()
 
     def _fit(self, spec):
-        """A decay as a mixture: of the rows [K], of the weights 0, 1, … steps back, and ‖R‖."""
+        """A decay as mixture: of the rows [K], of the weights 0, 1, … steps back; and ‖R‖."""
         mixture, t = torch.zeros(len(self._rows), dtype=torch.float64), self.step
         if spec in self._rows:
             mixture[self._rows.index(spec)] = 1
@@ -401,15 +403,15 @@ class EMA:
         return {k: v.clone() if torch.is_tensor(v) else v for k, v in result.items()}
 
     def init_share(self, decay):
-        """c = Π_t β_t in [0, 1]: the weight that the average still gives to the initial weights."""
+        """c = Π_t β_t in [0, 1]: the weight that the average gives to the initial weights."""
         return self._survival(parse_decay(decay))[-1].item()
 
     @torch.no_grad()
     def error_bound(self, decay):
         """Bound on the Euclidean error that reading out an untracked decay adds; 0.0 if tracked.
 
-        ‖R‖ (Σ_t ‖θ_t - θ_{t-1}‖²)^½, plus the float32 rounding (taken as 2^-20 of each row) that
-        the mixture passes on. The cast of the result to float32 comes on top, as for any decay.
+        ‖R‖ (Σ_t ‖θ_t - θ_{t-1}‖²)^½, plus the float32 rounding that the mixture passes
+        on (taken as 2^-20 of each row). The cast of the result comes on top, as for any decay.
         For a debiased read-out divide by 1 - init_share.
         """
         mixture, _, misfit = self._fit(parse_decay(decay))
@@ -418,7 +420,7 @@ class EMA:
         pending = zip(self._recent[1:][: self._pending], self._recent)
         moves = (later - earlier for later, earlier in pending)
         rows = [torch.linalg.vector_norm(row, dtype=torch.float64).square()
-                for part in (self._bank, moves) for row in part]  # one by one, for the memory's sake
+                for part in (self._bank, moves) for row in part]  # singly, to save memory
         path = self._path + sum(rows[len(self._bank) :])
         path, *rows = self._sum(torch.stack([path, *rows[: len(self._bank)]])).sqrt().tolist()
         rounding = sum(abs(a) * row for a, row in zip(mixture.tolist(), rows)) * 2**-20
@@ -567,7 +569,7 @@ import torch
 class Diffusion:
     """The path x_t = alpha_t x0 + sigma_t eps, what is learnt on it, and how to walk it back.
 
-    schedule    "linear": Ho et al. 2020 (arXiv:2006.11239), section 4; its alphas_cumprod is alpha²
+    schedule    "linear": Ho et al. 2020 (arXiv:2006.11239), section 4; alphas_cumprod is alpha²
                 "cosine": Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17
                 "flow":   the straight path x_t = (1 - s) x0 + s eps of flow matching (as in SiT,
                           arXiv:2401.08740), on the midpoints s = (t + 1/2) / num_steps

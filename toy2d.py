@@ -13,8 +13,9 @@ guessed. With noise of standard deviation σ every component's covariance Σ bec
 
 An MLP F is trained as a denoiser in the preconditioning of Karras et al. 2022 (arXiv:2206.00364),
 
-    D = c_skip x + c_out F(c_in x, ln σ / 4),  c_skip = σd² / (σ² + σd²),  c_in = (σ² + σd²)^-½,
-    c_out = σ σd c_in,  σd = 0.5,  loss |D - x0|² / c_out²,  ln σ ~ N(-2.3, 1.5²),
+    D = c_skip x + c_out F(c_in x, ln σ / 4),  c_skip = σd² / (σ² + σd²),  σd = 0.5,
+    c_in = (σ² + σd²)^-½,  c_out = σ σd c_in,  loss |D - x0|² / c_out²,
+    ln σ ~ N(-2.3, 1.5²),
 
 and its raw and averaged weights (EMA, ddpm_ema.py) are sampled with Heun's method from the same
 starting points. Several seeds train together in one batched model.
