@@ -293,6 +293,7 @@ class EMA:
         share = share - wobble.clamp(-share / 2, share / 2)
         mix = mix / share  # [K, 1 + m]
         mix, share = mix.to(device, torch.float32), share.to(device, torch.float32)
+        self._pending = 0  # first: an interruption then loses this block at most
         with full_precision():
             for later, earlier, moves, mean, bank, square in self._chunks:
                 torch.sub(later, earlier, out=moves)  # θ_b - θ_0, then δ_1 … δ_m
@@ -302,7 +303,6 @@ class EMA:
                 bank.lerp_(mean, share)
         self._path += self._squares.sum(dtype=torch.float64)
         self._recent[0].copy_(self._recent[-1])
-        self._pending = 0
 
     def _sum(self, values):
         """The sum over all ranks."""

@@ -496,6 +496,21 @@ def test_the_default_dtype_does_not_matter():
     assert_same(read, ema.weights(0.9993))
 
 
+def test_an_interrupted_fold_loses_its_block_at_most():
+    model, chunks = nn.Linear(300, 300), iter([torch.mm, mock.Mock(side_effect=KeyboardInterrupt)])
+    ema, oracle = EMA(model, [0.99]), Oracle(model, [0.99])
+    for step, _ in enumerate(wandering(model, "walk", 70), 1):
+        oracle.update()
+        if step == 32:  # in the second of the three chunks
+            mm = mock.patch("torch.mm", lambda *a, **k: next(chunks)(*a, **k))
+            with mm, pytest.raises(KeyboardInterrupt):
+                ema.update()
+        else:
+            ema.update()
+    error = (average(ema, 0.99) - oracle.mean[0.99]).abs()
+    assert error[:32768].max() < 1e-6 and error.max() < 0.04
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
 def test_copies_go_on_as_the_original(copied):
     model = mlp()
