@@ -117,7 +117,10 @@ def bare_model(model):
 
 @contextlib.contextmanager
 def full_precision():
-    """Inside, products are float32, also where a training script allows TF32 or bfloat16 ones."""
+    """Inside, products are float32, also where a training script allows TF32 or bfloat16 ones.
+
+    After, the switches are as found; one that was set to what the general switch says follows it.
+    """
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 or earlier
         allowed = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -163,7 +166,7 @@ class EMA:
         if block < 1:
             raise ValueError(f"block is {block}: at least one step")
         self.model, self.block = model, block
-        decays = [decays] if isinstance(decays, (str, int, float)) else decays
+        decays = [decays] if isinstance(decays, str) or not hasattr(decays, "__iter__") else decays
         self.decays = [parse_decay(decay) for decay in decays]
         self._ladder = [parse_decay(float(rung)) for rung in (() if ladder is None else ladder)]
         if "0" in self._ladder:
@@ -396,11 +399,16 @@ class EMA:
         decay: a tracked one, or any within the ladder's range (see `error_bound`). debias takes
         the initial weights out: θ_0 + d / (1 - c), see `init_share`.
         """
-        averages, live, result = self._averages(decay, debias), self._live(), {}
+        averages, live, state = self._averages(decay, debias), self._live(), {}
         for name, value in bare_model(self.model).state_dict(keep_vars=True).items():
-            value = live.get(bare_name(name), value)  # a model's own state_dict may hold copies
-            result[bare_name(name)] = averages.get(id(value), value)
-        return {k: v.clone() if torch.is_tensor(v) else v for k, v in result.items()}
+            state[bare_name(name)] = live.get(bare_name(name), value)  # it may hold copies
+        tensors = {name: id(value) for name, value in state.items() if torch.is_tensor(value)}
+        unknown = [name for name in tensors if tensors[name] not in {*map(id, live.values())}]
+        if unknown and averages.keys() - tensors.values():
+            raise ValueError(f"the model's state_dict() has {unknown[0]}, which is neither a "
+                             "parameter nor a buffer: its average is not known")
+        read = {name: averages.get(id(value), value) for name, value in state.items()}
+        return {k: v.clone() if torch.is_tensor(v) else v for k, v in read.items()}
 
     def init_share(self, decay):
         """c = Π_t β_t in [0, 1]: the weight that the average gives to the initial weights."""
@@ -508,12 +516,23 @@ class EMA:
     def load_state_dict(self, state):
         """Goes on from a saved state, with its decays, ladder and block.
 
-        ValueError if the parameters differ, or if a decay asked for here is not in the state.
+        ValueError, and nothing changed, if it is no whole state, if the parameters differ, or if a
+        decay asked for here is not in it.
         """
+        if self._swapped:
+            raise RuntimeError("load_state_dict() inside applied(): it holds averaged weights")
+        needed = ("step", "decays", "ladder", "block", "pending", "loaded", "shapes", "path",
+                  "initial", "bank", "recent")
+        if missing := [key for key in needed if key not in state]:
+            raise ValueError(f"no state of these averages: it lacks {', '.join(missing)}")
         self._match({name: tuple(shape) for name, shape in state["shapes"].items()}, "the state")
         has = [*state["decays"], *map(parse_decay, state["ladder"])]
         if missing := [spec for spec in self.decays if spec not in has]:
             raise ValueError(f"the state has no decay {missing[0]}; it has {', '.join(has)}")
+        tables = [tuple(state[name].shape) for name in ("initial", "bank", "recent")]
+        expected = [(), (len({*has}),), (state["block"] + 1,)]
+        if tables != [(*rows, self._total) for rows in expected]:
+            raise ValueError(f"the state does not fit together: its tables are {tables}")
         device = self._bank.device  # it may not have room for the old bank beside the new one
         del self._bank, self._initial, self._recent, self._chunks, self._views
         EMA.__init__(self, self.model, state["decays"], state["ladder"], state["block"], device)
@@ -1107,8 +1126,8 @@ def read_npz(path):
         images = arrays["images"]
     except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error,
             zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an .npz file with an array `images`: {error}") from error
-    if images.dtype.kind in "iu" and images.size and 0 <= images.min() and images.max() <= 255:
+        raise ValueError(f"{path} is not an .npz file with an array `images`") from error
+    if images.dtype.kind in "iu" and (not images.size or images.min() >= 0 and images.max() <= 255):
         images = images.astype(np.uint8)
     elif images.dtype.kind == "f":
         images = images.astype(np.float32)
@@ -2258,9 +2277,9 @@ def number(kind, low, high=math.inf):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high and kind(text) != math.inf:
                 return kind(text)
-        allowed = f"{'a whole number' if kind is int else 'a number'} from {low:g}"
+        allowed = f"{'a whole number' if kind is int else 'a number'} from {low}"
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; give {allowed}" + f" to {high:g}" * (high < math.inf))
+            f"{text!r} is not allowed; give {allowed}" + f" to {high}" * (high < math.inf))
     return parse
 
 

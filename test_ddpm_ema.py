@@ -249,6 +249,7 @@ def test_before_the_first_update():
 def test_decays_are_understood_in_one_place():
     assert parse_decay(0.9990) == parse_decay(" .999 ") == "0.999" and parse_decay(0) == "0"
     assert parse_decay("power:0.10") == "power:0.1"
+    assert EMA(mlp(), np.float32(0.9)).decays == EMA(mlp(), [0.9]).decays == ["0.9"]
     assert parse_decay("halflife:2e3") == "halflife:2000"
     numbers = [1, 1.5, -0.1, math.nan, "nan", "x", "", None, True, [0.9]]
     schedules = [":0.9", "ramp:1", "ramp", "halflife:0", "halflife:inf", "power:0.3", "power:0"]
@@ -477,6 +478,10 @@ def test_a_model_may_have_a_state_dict_of_its_own_and_rebind_buffers():
     other = Unusual()
     other.load_state_dict(ema.weights(0.9))
     assert torch.allclose(other.linear.weight, first + 0.1)
+    model.linear.state_dict = lambda *_, destination, prefix, **__: destination.update(
+        {f"{prefix}W": model.linear.weight.detach().clone()})
+    with pytest.raises(ValueError, match="state_dict.. has linear.W, which is neither"):
+        ema.weights(0.9)
 
 
 def test_the_default_dtype_does_not_matter():
@@ -643,7 +648,9 @@ def test_applied_restores_the_model_and_guards_it():
     model.embed.weight.data += 1
     ema.update()
     before = copy.deepcopy(model.state_dict())
-    for action in (ema.update, ema.state_dict, lambda: ema.applied(0.9).__enter__(), lambda: 1 / 0):
+    state = ema.state_dict()
+    guarded = [ema.update, ema.state_dict, lambda: ema.load_state_dict(state)]
+    for action in (*guarded, lambda: ema.applied(0.9).__enter__(), lambda: 1 / 0):
         with pytest.raises((RuntimeError, ZeroDivisionError)), ema.applied(0.9) as swapped:
             assert swapped is model
             assert torch.equal(model.out.weight, ema.weights(0.9)["out.weight"])
@@ -678,9 +685,11 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(stop):
 
 
 def test_states_are_matched_by_name():
-    def model(order):
-        torch.manual_seed(0)
-        return nn.ParameterDict({name: nn.Parameter(torch.randn(ord(name) - 90)) for name in order})
+    def model(order):  # of equal shapes, so that nothing but the name tells them apart
+        model = nn.Module()
+        for name in order:
+            model.register_parameter(name, nn.Parameter(torch.randn(7)))
+        return model
 
     ema = EMA(model("abc"), [0.9])
     for _ in wandering(ema.model, "walk", 20):
@@ -690,6 +699,22 @@ def test_states_are_matched_by_name():
     assert_same(dict(sorted(other.weights(0.9).items())), ema.weights(0.9))
     with pytest.raises(ValueError, match="no decay 0.8; it has 0.9,"):
         EMA(model("abc"), [0.8]).load_state_dict(ema.state_dict())
+
+
+@pytest.mark.parametrize("broken, named", [
+    ({"bank": torch.zeros(16, 7)}, "(16, 7)"), ({"recent": torch.zeros(16, 9)}, "(16, 9)"),
+    ({"shapes": {"weight": [1, 6], "bias": [1]}}, "parameter weight"), (None, "lacks step, decays"),
+])
+def test_a_state_that_does_not_fit_changes_nothing(broken, named):
+    ema = EMA(nn.Linear(7, 1), [0.5])
+    for _ in wandering(ema.model, "walk", 20):
+        ema.update()
+    before = ema.weights(0.97)
+    state = ema.model.state_dict() if broken is None else {**ema.state_dict(), **broken}
+    with pytest.raises(ValueError, match=re.escape(named)):
+        ema.load_state_dict(state)
+    assert_same(ema.weights(0.97), before)
+    ema.update()
 
 
 def test_schedules_leave_their_decay_as_it_was_given():
@@ -1646,10 +1671,11 @@ def test_a_stage_of_which_only_real_is_known_is_left_out(bars, tmp_path, capsys)
 def test_accumulation_gives_the_same_gradient(bars, tmp_path):
     run(bars, tmp_path / "one", "--steps", "1")
     run(bars, tmp_path / "four", "--steps", "1", "--accumulate", "4")
-    one, four = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["optimizer"]
+    one, four = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
                  for name in ("one", "four"))
-    for a, b in zip(one["state"].values(), four["state"].values()):
+    for a, b in zip(one["optimizer"]["state"].values(), four["optimizer"]["state"].values()):
         torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-7)
+    assert four["ema"]["step"] == four["step"] == 1  # averaged once a step, not a micro-batch
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -1670,14 +1696,16 @@ def test_accumulation_gives_the_same_gradient(bars, tmp_path):
     (["--out", "{first}", "--decay", "step"], "ladder's range"),
     (["--out", "{first}", "--data", "{other}"], "--data"), (["--data", ""], "glyphs"),
     (["--data", "{bare}"], "not an .npz"), (["--data", "{few}"], "20 is the least"),
-    (["--device", "meta"], "cpu, cuda"), (["--steps", "1" + "0" * 40], "100"),
+    (["--device", "meta"], "cpu, cuda"), (["--steps", "1" + "0" * 40], "to 100000000\n"),
     (["--out", "{alien}"], "not a table"), (["--out", "{orphan}"], "without their checkpoint"),
     (["--out", "{alien2}"], "not a table"), (["--decay", "sweeping"], "'sweeping'"),
+    (["--data", "{none}"], "[0, 1, 8, 8]"),
 ])
 def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
     folders = ("empty", "unequal", "wrong", "alien", "alien2", "orphan")
     names = {n: tmp_path / n for n in (*folders, "run")}
-    names |= {n: tmp_path / f"{n}.npz" for n in ("nan", "broken", "odd", "bare", "few", "other")}
+    files = ("nan", "broken", "odd", "bare", "none", "few", "other")
+    names |= {n: tmp_path / f"{n}.npz" for n in files}
     names["first"] = bars / "first"
     for name in folders:
         names[name].mkdir()
@@ -1687,6 +1715,7 @@ def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
     np.save(names["few"].with_suffix(".npy"), np.zeros(3))
     names["few"].with_suffix(".npy").rename(names["bare"])
     np.savez(names["few"], images=np.zeros((12, 1, 8, 8), np.uint8))
+    np.savez(names["none"], images=np.zeros((0, 1, 8, 8), np.uint8))
     np.savez(names["other"], images=np.zeros((30, 1, 8, 8), np.uint8))
     matplotlib.image.imsave(names["unequal"] / "a.png", np.zeros((4, 4)))
     matplotlib.image.imsave(names["unequal"] / "b.png", np.zeros((4, 8)))
