@@ -2020,7 +2020,7 @@ def default_training_step():
     return model, step
 
 
-def seconds_per_call(calls, rounds=8, repeats=16):
+def seconds_per_call(calls, rounds=8, repeats=32):
     """The least mean time of each of these calls, taken in turns so that all see the same noise."""
     best = {}
     for _ in range(rounds):
@@ -2046,6 +2046,7 @@ def ways_to_average(decays, total, tensors):
     calls = {
         "bank of ten decays": EMA(model, decays, ladder=None).update,
         "bank of ten decays and the ladder": EMA(model, decays).update,
+        "the same with block=32": EMA(model, decays, block=32).update,
         "ten AveragedModels, multi_avg_fn": averaged("multi_avg_fn", get_ema_multi_avg_fn),
         "ten AveragedModels, avg_fn": averaged("avg_fn", get_ema_avg_fn),
         "flat lerp_ of [10, P]": lambda: flat.lerp_(live, rates),
