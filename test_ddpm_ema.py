@@ -314,13 +314,13 @@ def toy_training(steps):
 def test_untracked_decays_on_diffusion_runs(run):
     """Read out early and late, within 1e-4 of the float64 recursion and within the bound."""
     decays = [0.92, 0.97, 0.993, 0.9985, 0.9993, 0.9999]
-    steps = run(300)
+    steps = run(200)
     model = next(steps)
     oracle, ema = Oracle(model, decays), EMA(model, decays=())
     for step, _ in enumerate(steps, 1):
         ema.update()
         oracle.update()
-        for decay in decays if step in (50, 300) else ():
+        for decay in decays if step in (50, 200) else ():
             error, relative = oracle.error(ema, decay)
             assert relative < 1e-4, (step, decay, relative)
             assert error < ema.error_bound(decay) + 1e-7 * oracle.first.norm()
