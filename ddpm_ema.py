@@ -402,9 +402,9 @@ class EMA:
         averages, live, state = self._averages(decay, debias), self._live(), {}
         for name, value in bare_model(self.model).state_dict(keep_vars=True).items():
             state[bare_name(name)] = live.get(bare_name(name), value)  # it may hold copies
-        tensors = {name: id(value) for name, value in state.items() if torch.is_tensor(value)}
-        unknown = [name for name in tensors if tensors[name] not in {*map(id, live.values())}]
-        if unknown and averages.keys() - tensors.values():
+        ours, held = set(map(id, live.values())), set(map(id, state.values()))
+        unknown = [k for k, v in state.items() if torch.is_tensor(v) and id(v) not in ours]
+        if unknown and averages.keys() - held:
             raise ValueError(f"the model's state_dict() has {unknown[0]}, which is neither a "
                              "parameter nor a buffer: its average is not known")
         read = {name: averages.get(id(value), value) for name, value in state.items()}
@@ -520,11 +520,11 @@ class EMA:
         decay asked for here is not in it.
         """
         if self._swapped:
-            raise RuntimeError("load_state_dict() inside applied(): it holds averaged weights")
+            raise RuntimeError("load_state_dict() inside applied(): the model holds averages")
         needed = ("step", "decays", "ladder", "block", "pending", "loaded", "shapes", "path",
                   "initial", "bank", "recent")
         if missing := [key for key in needed if key not in state]:
-            raise ValueError(f"no state of these averages: it lacks {', '.join(missing)}")
+            raise ValueError(f"not the state of an EMA: it lacks {', '.join(missing)}")
         self._match({name: tuple(shape) for name, shape in state["shapes"].items()}, "the state")
         has = [*state["decays"], *map(parse_decay, state["ladder"])]
         if missing := [spec for spec in self.decays if spec not in has]:
