@@ -153,7 +153,8 @@ class EMA:
     decays: one or several numbers 0 <= decay < 1 or schedules, see `parse_decay`.
     ladder: constant decays that are tracked as well, so that any decay between them can be read
         out; None for none.
-    block: steps that are kept before they are folded into the averages in one go.
+    block: steps that are kept before they are folded into the averages in one go: a longer one
+        rounds less often and is faster.
     device: where the averages are kept; the device of the first parameter by default.
 
     Memory: (K + block + 2) float32 copies of the parameters, K the number of different decays.
@@ -177,8 +178,7 @@ class EMA:
         self.step, self._pending, self._swapped, self._shapes = 0, 0, False, None
         self._loaded = {}  # row -> [our step when load_average started it, its own step then]
         self._bind()
-        sizes = [math.prod(shape) for shape in self._shapes.values()]
-        self._total = sum(sizes)
+        self._total = sum(map(math.prod, self._shapes.values()))
         device = torch.device(self._parameters[0].device if device is None else device)
         like = {"dtype": torch.float32, "device": device}
 
@@ -194,22 +194,38 @@ class EMA:
         self._slice, width = slice(low, high), high - low
 
         # Step t is in row 1 + (t - 1) % block of `recent`, the last fold's weights are in row 0.
-        rows = len(self._rows)
-        self._bank = torch.zeros(rows, width, **like)  # [K, P] d
-        stored = torch.zeros(block + 2, width, **like)
-        self._initial, self._recent = stored[0], stored[1:]  # [P] θ_0, [block + 1, P] θ
-        # What a fold reads and writes, chunk by chunk: cut once, since cutting costs time as well.
-        scratch = torch.empty((block + 1 + rows) * min(self._chunk, width), **like)
-        self._squares = torch.zeros(-(-width // self._chunk), **like)
-        self._chunks, tables = [], (stored.split(self._chunk, 1), self._bank.split(self._chunk, 1))
+        self._bank = torch.zeros(len(self._rows), width, **like)  # [K, P] d
+        self._stored = torch.zeros(block + 2, width, **like)  # [block + 2, P] θ_0, then `recent`
+        self._path = torch.zeros((), dtype=torch.float64, device=device)  # Σ ‖δ_t‖²
+        self._infinite = torch.empty(0, dtype=torch.int64, device=device)
+        self._cut()
+        self._take(0)
+        self._initial.copy_(self._recent[0])
+        self._set_aside()
+
+    def _set_aside(self):
+        """Infinite weights, those of a mask, have no displacement: they are kept apart."""
+        self._infinite = self._initial.isinf().nonzero().flatten()
+        self._kept = self._initial[self._infinite]
+        self._stored[:2].index_fill_(1, self._infinite, 0)
+
+    def _cut(self):
+        """Cuts the tables once, since cutting costs time as well: for folds, and by parameter."""
+        self._initial, self._recent = self._stored[0], self._stored[1:]  # [P], [block + 1, P]
+        # What a fold reads and writes, chunk by chunk.
+        rows, width = self._bank.shape
+        scratch = self._bank.new_empty((self.block + 1 + rows) * min(self._chunk, width))
+        self._squares = self._bank.new_zeros(-(-width // self._chunk))
+        tables = [table.split(self._chunk, 1) for table in (self._stored, self._bank)]
+        self._chunks = []
         for weights, bank, square in zip(*tables, self._squares):
             size = weights.shape[1]
-            moves = scratch[: (block + 1) * size].view(block + 1, size)
+            moves = scratch[: (self.block + 1) * size].view(self.block + 1, size)
             mean = scratch[moves.numel() :][: bank.numel()].view(rows, size)
             self._chunks.append((weights[1:], weights[:-1], moves, mean, bank, square))
-        self._path = torch.zeros((), dtype=torch.float64, device=device)  # Σ ‖δ_t‖²
-        self._cuts, self._views, at = [], [[] for _ in self._recent], -low
-        for index, (shape, size) in enumerate(zip(self._shapes.values(), sizes)):
+        self._cuts, self._views, at = [], [[] for _ in self._recent], -self._slice.start
+        for index, shape in enumerate(self._shapes.values()):
+            size = math.prod(shape)
             cut = slice(max(0, -at), min(size, width - at))  # the part that is in this rank's slice
             if cut.start < cut.stop:
                 whole = cut == slice(0, size)
@@ -218,8 +234,6 @@ class EMA:
                     part = row[at + cut.start : at + cut.stop]
                     views.append(part.view(shape) if whole else part)
             at += size
-        self._take(0)
-        self._initial.copy_(self._recent[0])
 
     def _match(self, shapes, where):
         """Raises, naming the parameter, unless `shapes` (by name) are those of the averages."""
@@ -237,6 +251,8 @@ class EMA:
         """Finds the parameters by name, tied ones once."""
         named = {}
         for name, parameter in bare_model(self.model).named_parameters():
+            if torch.nn.parameter.is_lazy(parameter):
+                raise ValueError(f"parameter {name} has no shape yet: call the model once before")
             if not parameter.is_floating_point():
                 raise ValueError(f"parameter {name} is {parameter.dtype}: only floats are averaged")
             named[bare_name(name)] = parameter
@@ -264,6 +280,8 @@ class EMA:
         parts = [named[i] if cut is None else named[i].reshape(-1)[cut] for i, cut in self._cuts]
         if parts:
             torch._foreach_copy_(self._views[row], parts)
+        if len(self._infinite):
+            self._recent[row].index_fill_(0, self._infinite, 0)
 
     def update(self):
         """Takes in the model's weights after one more optimizer step."""
@@ -382,6 +400,7 @@ class EMA:
         for coefficients, rows in ((bank, self._bank), (recent, self._recent)):
             for k in coefficients.nonzero().flatten().tolist():
                 total.add_(rows[k], alpha=coefficients[k].item())
+        total[self._infinite] = self._kept.double()
         return total
 
     def _averages(self, decay, debias):
@@ -396,19 +415,25 @@ class EMA:
     def weights(self, decay, debias=False):
         """The averages (float32) and the present buffers, named as in the bare model's state_dict.
 
-        decay: a tracked one, or any within the ladder's range (see `error_bound`). debias takes
-        the initial weights out: θ_0 + d / (1 - c), see `init_share`.
+        The bare model is the one inside of torch.compile or DistributedDataParallel: load them into
+        that. decay: a tracked one, or any within the ladder's range (see `error_bound`). debias
+        takes the initial weights out: θ_0 + d / (1 - c), see `init_share`.
         """
-        averages, live, state = self._averages(decay, debias), self._live(), {}
-        for name, value in bare_model(self.model).state_dict(keep_vars=True).items():
-            state[bare_name(name)] = live.get(bare_name(name), value)  # it may hold copies
-        ours, held = set(map(id, live.values())), set(map(id, state.values()))
-        unknown = [k for k, v in state.items() if torch.is_tensor(v) and id(v) not in ours]
+        averages, live = self._averages(decay, debias), self._live()
+        ours, held, unknown = set(map(id, live.values())), set(), []
+        state = bare_model(self.model).state_dict(keep_vars=True)
+        for name in list(state):
+            value = state.pop(name)
+            value = live.get(bare_name(name), value)  # a model's own state_dict may hold copies
+            if torch.is_tensor(value):
+                held.add(id(value))
+                unknown += [name] * (id(value) not in ours)
+                value = averages.get(id(value), value).clone()
+            state[bare_name(name)] = value
         if unknown and averages.keys() - held:
             raise ValueError(f"the model's state_dict() has {unknown[0]}, which is neither a "
                              "parameter nor a buffer: its average is not known")
-        read = {name: averages.get(id(value), value) for name, value in state.items()}
-        return {k: v.clone() if torch.is_tensor(v) else v for k, v in read.items()}
+        return state
 
     def init_share(self, decay):
         """c = Π_t β_t in [0, 1]: the weight that the average gives to the initial weights."""
@@ -440,19 +465,24 @@ class EMA:
         if self._swapped:
             raise RuntimeError("applied() inside applied(): the model already holds averages")
         averages = self._averages(decay, debias)
-        own = {name: value.detach().clone() for name, value in self._live().items()}
-
-        @torch.no_grad()
-        def swap(new):
-            for name, value in self._live().items():  # anew: forward() may bind buffers to others
-                value.copy_(new(name, value))
-
+        own = {id(v): (v, v.data, v.data.clone()) for v in self._live().values()}
+        modules = bare_model(self.model).modules()
+        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        bound = [(table, dict(table)) for table in tables]
         self._swapped = True
         try:
-            swap(lambda name, value: averages.get(id(value), value))
+            with torch.no_grad():
+                for parameter in self._parameters:
+                    parameter.copy_(averages[id(parameter)])
+            torch.clear_autocast_cache()  # or an autocast around this would go on with its copies
             yield self.model
         finally:
-            swap(lambda name, value: own.get(name, value))
+            for table, before in bound:
+                table.update(before)  # forward() may have bound buffers to other tensors
+            for value, data, before in own.values():
+                value.data = data
+                data.copy_(before)
+            torch.clear_autocast_cache()
             self._swapped = False
 
     @torch.no_grad()
@@ -507,7 +537,7 @@ class EMA:
             "loaded": dict(self._loaded),
             "shapes": {name: list(shape) for name, shape in self._shapes.items()},
             "path": self._sum(self._path.clone()).item(),
-            "initial": whole(self._initial[None])[0],  # [P]
+            "initial": whole([self._initial.index_copy(0, self._infinite, self._kept)])[0],  # [P]
             "bank": whole(self._bank),  # [K, P]
             "recent": whole(self._recent),  # [block + 1, P]
         }
@@ -534,7 +564,7 @@ class EMA:
         if tables != [(*rows, self._total) for rows in expected]:
             raise ValueError(f"the state does not fit together: its tables are {tables}")
         device = self._bank.device  # it may not have room for the old bank beside the new one
-        del self._bank, self._initial, self._recent, self._chunks, self._views
+        del self._bank, self._stored, self._initial, self._recent, self._chunks, self._views
         EMA.__init__(self, self.model, state["decays"], state["ladder"], state["block"], device)
         self.step, self._pending = state["step"], state["pending"]
         self._loaded = dict(state["loaded"])
@@ -544,14 +574,16 @@ class EMA:
         columns = torch.cat([places[name] for name in self._shapes])[self._slice]
         for name in ("initial", "bank", "recent"):
             getattr(self, f"_{name}").copy_(state[name].cpu()[..., columns])
+        self._set_aside()
         self._path.fill_(state["path"] if self._rank == 0 else 0.0)
 
-    def __getstate__(self):  # as it is, pickling would tear the views from the tables they view
-        return {"model": self.model, "device": self._bank.device, "state": self.state_dict()}
+    def __getstate__(self):  # pickled, views would be torn from the tables that they view
+        cut = {"_initial", "_recent", "_squares", "_chunks", "_cuts", "_views"}
+        return {name: value for name, value in vars(self).items() if name not in cut}
 
-    def __setstate__(self, saved):
-        EMA.__init__(self, saved["model"], (), device=saved["device"])
-        self.load_state_dict(saved["state"])
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._cut()
 
     @torch.no_grad()
     def load_average(self, decay, state_dict, step):
@@ -563,19 +595,24 @@ class EMA:
         spec = parse_decay(decay)
         if spec not in self._rows:
             raise ValueError(f"decay {spec} is not tracked; tracked: {', '.join(self._rows)}")
+        if step < 0 or step != int(step):
+            raise ValueError(f"step is {step}; allowed is a whole number from 0")
         live = self._live()
-        given = {name if name in live else name.removeprefix("module."): torch.as_tensor(value)
+        given = {name if name in live else name.removeprefix("module."): value
                  for name, value in ((bare_name(n), value) for n, value in state_dict.items())}
         names, found = dict(zip(map(id, self._parameters), self._shapes)), {}
         for name, value in live.items():
             if name in given:
                 found[names.get(id(value))] = given.pop(name)
         found.pop(None, None)  # the buffers
-        shapes = {name: tuple(value.shape) for name, value in {**given, **found}.items()}
+        shapes = {k: tuple(getattr(v, "shape", ())) for k, v in {**given, **found}.items()}
         self._match(shapes, "the average to load")
-        flat = torch.cat([found[name].reshape(-1).to(self._initial) for name in self._shapes])
-        self._bank[self._rows.index(spec)] = flat[self._slice] - self._initial
+        parts = [torch.as_tensor(found[name]).reshape(-1) for name in self._shapes]
+        moved = torch.cat([part.to(self._initial) for part in parts])[self._slice] - self._initial
+        self._bank[self._rows.index(spec)] = moved.index_fill_(0, self._infinite, 0)
         self._loaded[spec] = [self.step, int(step)]
+
+
 # ==================================================================================================
 # Noise schedules, objectives and samplers
 # ==================================================================================================

@@ -516,17 +516,24 @@ def test_an_interrupted_fold_loses_its_block_at_most():
     assert error[:32768].max() < 1e-6 and error.max() < 0.04
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema))])
-def test_copies_go_on_as_the_original(copied):
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_go_on_as_the_original(copied, inside):
     model = mlp()
     ema, twin = EMA(model, MIXED), None
+    if inside:  # the model holds its own averages
+        model.ema = ema
     for step, _ in enumerate(wandering(model, "walk", 60), 1):
         ema.update()
         if twin:
             twin.model.load_state_dict(model.state_dict())
             twin.update()
         if step == 21:
-            twin = copied(ema)
+            twin = copied(model).ema if inside else copied(ema)
     for decay in (*MIXED, 0.9993):
         assert_same(twin.weights(decay), ema.weights(decay))
 
@@ -638,6 +645,8 @@ def test_changed_parameters_are_named():
             ema.update()
         with pytest.raises(ValueError, match=f"parameter {name} "):
             EMA(model).load_state_dict(state)
+    with pytest.raises(ValueError, match="parameter 0.weight has no shape yet"):
+        EMA(nn.Sequential(nn.LazyLinear(2)))
     with pytest.raises(ValueError, match="parameter weight is torch.int64"):
         EMA(nn.ParameterDict({"weight": nn.Parameter(torch.ones(2).long(), requires_grad=False)}))
 
@@ -661,6 +670,73 @@ def test_applied_restores_the_model_and_guards_it():
         assert_same(model.state_dict(), before)
     assert ema.step == 1
     ema.update()
+
+
+class Growing(nn.Module):
+    """Its forward binds a buffer to a larger one; another cannot be written; it holds its EMA."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.mask = nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False)
+        self.register_buffer("cache", torch.zeros(4), persistent=False)
+        self.norm = nn.BatchNorm1d(2)
+        self.ema = EMA(self, [0, 0.5])
+
+    def forward(self, x):
+        self.cache = torch.ones(8)
+        return self.weight * x
+
+
+def test_applied_restores_buffers_that_grew():
+    model = Growing()
+    cache = model.cache
+    model.weight.data += 2
+    model.ema.update()
+    for error in (None, ValueError):
+        with contextlib.suppress(ValueError), model.ema.applied(0.5):
+            assert model(1) == 1 and len(model.cache) == 8
+            model.norm(torch.ones(2, 2))
+            model.half()
+            if error:
+                raise error
+        assert model(0).dtype == torch.float32 and model(1) == 2
+        assert model.norm.num_batches_tracked == 0 and model.norm.running_mean.sum() == 0
+        model.cache = cache
+    model.ema.update()
+
+
+def test_applied_under_autocast():
+    """Autocast keeps low-precision copies of the parameters that it has seen."""
+    model = nn.Linear(1, 1, bias=False)
+    ema, x = EMA(model, [0, 0.5]), torch.ones(1, 1)
+    first = model.weight.item()
+    model.weight.data += 2
+    ema.update()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            assert model(x).item() == pytest.approx(first + 2, abs=0.02)
+            for decay, moved in ((0, 2), (0.5, 1)):
+                with ema.applied(decay):
+                    assert model(x).item() == pytest.approx(first + moved, abs=0.02)
+
+
+def test_infinite_weights_are_kept():
+    model = Growing()
+    ema, state = model.ema, {**model.state_dict(), "mask": torch.tensor([1.0, -math.inf])}
+    ema.load_average(0.5, state, 10)
+    for _ in range(20):
+        model.mask.data[0] += 1
+        model.weight.data += 1
+        ema.update()
+    model.mask.data[1] = 0  # the state knows what was infinite
+    for each in (ema, pickled(model).ema):
+        each.load_state_dict(saved(ema.state_dict()))
+        assert each.weights(0)["mask"].tolist() == [20, -math.inf]
+        assert each.weights(0.99)["mask"].tolist()[1] == -math.inf
+        assert each.weights(0.99)["mask"].tolist()[0] == pytest.approx(
+            sum(0.99 ** (20 - t) * 0.01 * t for t in range(1, 21)), rel=1e-4)
+        assert 0 < each.error_bound(0.97) < 1
 
 
 @pytest.mark.parametrize("stop", [7, 16, 23, 40])
@@ -756,6 +832,11 @@ def test_averages_of_another_checkpoint_go_on(at):
         ema.load_average(decay, {k: v for k, v in model.state_dict().items() if k != "0.bias"}, 1)
     with pytest.raises(ValueError, match="parameter other "):
         ema.load_average(decay, {**model.state_dict(), "other": torch.ones(2)}, 1)
+    with pytest.raises(ValueError, match="parameter 0.weight has shape None"):
+        ema.load_average(decay, {"ema": model.state_dict()}, 1)
+    for step in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"step is {step}"):
+            ema.load_average(decay, model.state_dict(), step)
     with pytest.raises(ValueError, match="0.123 is not tracked"):
         ema.load_average(0.123, model.state_dict(), 1)
 
