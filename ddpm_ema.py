@@ -965,7 +965,8 @@ class Dataset:
             images = images.float()
             if not images.isfinite().all():
                 raise ValueError("the data hold NaN or infinite values; all must be finite")
-            self.shift = images.mean(dim=(0, 2, 3))[:, None, None]  # [C, 1, 1]
+            mean = images.mean(dim=(0, 2, 3), dtype=torch.float64)  # exact for a constant channel
+            self.shift = mean.float()[:, None, None]  # [C, 1, 1]
             self.scale = images.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
             self.bound = ((images - self.shift) / self.scale).abs().max().item()
         if labels is not None:
@@ -1197,13 +1198,15 @@ def load_data(source):
         path = cache
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file())
+        pictures = dict.fromkeys(f for f in files if f.suffix.lower() in (
+            ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"))
         idx = {str(f).removesuffix(".gz"): f for f in files if "idx3" in f.name and
-               f.suffix != ".part"}.values()  # of a file and its gzipped twin only one
-        pictures = [f for f in files if f.suffix.lower() in
-                    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")]
+               f.suffix != ".part" and f not in pictures}.values()  # of a gzipped twin only one
         if not idx and not pictures:
             raise ValueError(f"{path} holds neither idx files nor images")
-        return Dataset(*(read_idx_folder(list(idx)) if idx else read_image_folder(path, pictures)))
+        if idx:
+            return Dataset(*read_idx_folder(list(idx)))
+        return Dataset(*read_image_folder(path, list(pictures)))
     if path.is_file() and path.suffix == ".npz":
         return Dataset(*read_npz(path))
     raise ValueError(f"{source} is no data; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder "
@@ -1383,9 +1386,9 @@ def seed_of(purpose, seed, index=0):
     return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, mmap=False):
     with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if {"args", "step", "model", "optimizer", "ema", "running"} == set(checkpoint):
             return checkpoint
     raise ValueError(f"{path} is not a checkpoint of this program; delete it or choose another "
@@ -1483,7 +1486,8 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
     `running` [3]: loss, gradient norm and their count since the last line of the log; they are
     read off the device only there. `origin` [P] are the initial weights.
     """
-    log = [line for line in read_log(args.out) if line["step"] <= start]
+    # At step 0 they may be those of another run, whose checkpoint somebody deleted.
+    log = [line for line in read_log(args.out) if start and line["step"] <= start]
     with replacing(args.out / "metrics.jsonl") as path:
         path.write_text("".join(json.dumps(line) + "\n" for line in log))
     logged = {line["step"] for line in log}
@@ -1523,9 +1527,12 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
             state = {"args": args.saved, "step": step, "model": model.state_dict(),
                      "optimizer": optimizer.state_dict(), "ema": ema.state_dict(),
                      "running": running}
-            is_stage = step in args.stage_steps and not signals
-            with replacing(stage_path(args.out, step, args.steps if is_stage else step)) as path:
-                torch.save(state, path)
+            paths = {args.out / "checkpoint.pt"}  # what an interrupted run goes on from
+            if step in args.stage_steps and not signals:
+                paths.add(stage_path(args.out, step, args.steps))
+            for path in paths:
+                with replacing(path) as temporary:
+                    torch.save(state, temporary)
         if signals or step == args.steps:
             break
 
@@ -1580,12 +1587,8 @@ def draw_samples(args, network, diffusion, data, num_images):
         yield data.round(x0)
 
 
-def load_extractor(args, data, held_out):
-    """A function x0 [B, C, H, W] -> features [B, D], class probabilities [B, K].
-
-    The classifier stays in the run's folder, so that rows measured later see the same features.
-    With --features the features are FILE's: TorchScript, given uint8 [B, 3, H, W].
-    """
+def load_classifier(args, data, held_out):
+    """The run's classifier. It stays in the folder, so that all rows have the same features."""
     classifier = Classifier(data.images.shape[1], data.num_classes)
     path = args.out / "classifier.pt"
     if not path.exists():  # trained on the CPU: there two runs come to the same one
@@ -1594,19 +1597,37 @@ def load_extractor(args, data, held_out):
         show(f"classifier: {accuracy:.1%} of held-out images read correctly")
         with replacing(path) as temporary:
             torch.save(classifier.state_dict(), temporary)
-    classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    classifier.to(data.device).eval()
-    if not args.features:
-        return classifier
-    inception = torch.jit.load(args.features, map_location=data.device).eval()
-    wants = "return_features" in {a.name for a in inception.forward.schema.arguments}
+    with contextlib.suppress(Exception):  # as in load_checkpoint
+        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return classifier.to(data.device).eval()
+    raise ValueError(f"{path} is not the classifier of this run; delete it or choose another --out")
 
-    def extract(x0):
+
+def load_features(args, data):
+    """The network in --features: a function x0 [B, C, H, W] -> features [B, D].
+
+    It is TorchScript and takes uint8 [B, 3, H, W]. ValueError, in one line, if it does not fit.
+    """
+    if not (data.is_pictures and data.images.shape[1] in (1, 3)):
+        raise ValueError("--features takes pictures with 1 or 3 channels, no other data")
+    try:
+        network = torch.jit.load(args.features, map_location=data.device).eval()
+    except (RuntimeError, ValueError):
+        raise ValueError(f"--features {args.features} is not a TorchScript file") from None
+    wants = "return_features" in {a.name for a in network.forward.schema.arguments}
+
+    @torch.no_grad()
+    def features_of(x0):
         images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        features = inception(images, return_features=True) if wants else inception(images)
-        return features.float(), classifier(x0)[1]
+        return (network(images, return_features=True) if wants else network(images)).float()
 
-    return extract
+    shape = []
+    with contextlib.suppress(Exception):  # whatever FILE holds
+        shape = list(features_of(data.x0(torch.arange(2, device=data.device))).shape)
+    if len(shape) != 2 or shape[0] != 2:
+        raise ValueError(f"--features {args.features} makes {shape or 'an error'} of two images, "
+                         "uint8 [2, 3, H, W]; needed is [2, D]")
+    return features_of
 
 
 ROW_KEY = ("step", "weights", "decay", "debias")
@@ -1702,13 +1723,15 @@ def missing_rows(args, held_out):
 def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
     """Measure the missing rows; each is in results.csv as soon as it is known."""
     rows = read_rows(args.out / "results.csv")
-    extract = load_extractor(args, data, held_out)
+    classifier = load_classifier(args, data, held_out)
+    other_features = load_features(args, data) if args.features else None
 
     def features_of(batches, what):
         features, probs, count = [], [], 0
         for x0 in batches:
-            for part, value in zip((features, probs), extract(x0)):
-                part.append(value)
+            own, prob = classifier(x0)
+            features.append(other_features(x0) if other_features else own)
+            probs.append(prob)
             count += len(x0)
             show(f"{what}: {count} images", keep=False)
         return torch.cat(features), torch.cat(probs)
@@ -2357,7 +2380,9 @@ def make_parser():
         "sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and\n"
         "0.99995 that has the lowest held-out loss", type=decays)
     add("--data", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
-        "their classes in sub-folders; or an .npz file with `images` and perhaps `labels`")
+        "their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or\n"
+        "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`",
+        type=lambda path: path and os.path.normpath(path))
     add("--out", "folder for checkpoints, tables and pictures [runs/ and the name of the data]",
         type=Path)
     add("--steps", "optimizer steps; more than a finished run has trains it on", type=count)
@@ -2429,6 +2454,9 @@ def resolve(given):
     if lost and ("stages" in given or not args.stage_steps):
         raise ValueError(f"{out} kept no checkpoint at step {lost[0]}: ask for --stages before "
                          "training")
+    for step in args.stage_steps:
+        if step < reached:
+            load_checkpoint(stage_path(out, step, args.steps), mmap=True)  # is it one?
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -2438,11 +2466,6 @@ def resolve(given):
         known = False
     if not known:
         raise ValueError(f"--device {args.device} is not to be had here; give cpu, cuda or cuda:1")
-    if args.features:
-        try:
-            torch.jit.load(args.features, map_location="cpu")
-        except (RuntimeError, ValueError):
-            raise ValueError(f"--features {args.features} is not a TorchScript file") from None
     return args, checkpoint
 
 
@@ -2519,8 +2542,10 @@ def main(argv=None):
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
         ema = EMA(model, args.tracked)
         held_out_loss(network, diffusion, held_out, num_images=1)  # do the shapes fit?
-        if args.features and not (data.is_pictures and data.images.shape[1] in (1, 3)):
-            raise ValueError("--features takes pictures with 1 or 3 channels, no other data")
+        if args.features:
+            load_features(args, data)  # does it fit?
+        if (args.out / "classifier.pt").exists():
+            load_classifier(args, data, held_out)  # is it one?
         args.saved["data_shape"] = [len(data), *data.images.shape[1:], data.num_classes]
         if checkpoint and checkpoint["args"]["data_shape"] != args.saved["data_shape"]:
             raise ValueError(f"{args.data} has changed since the run in {args.out} began")

@@ -1181,7 +1181,7 @@ def test_image_folder_with_classes(tmp_path):
         folder = tmp_path / "ab"[i % 2]
         folder.mkdir(exist_ok=True)
         colour = np.stack([PIXELS[i]] * 3, axis=2)
-        matplotlib.image.imsave(folder / f"{i:02}.png", colour)
+        matplotlib.image.imsave(folder / f"{i:02}_idx3.png", colour)
     data = load_data(str(tmp_path))
     assert data.images.shape == (24, 3, 8, 12) and data.names == ["a", "b"]
     assert np.array_equal(data.images[:12, 1], PIXELS[:24:2])
@@ -1197,6 +1197,13 @@ def test_npz_of_floats(tmp_path, axes):
     torch.testing.assert_close(x0.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(x0.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
     assert data.names == ["7", "8", "9", "10", "11"] and not data.is_pictures
+
+
+def test_a_constant_channel_stays_constant():
+    images = np.random.default_rng(0).normal(size=(5000, 2, 16, 16)).astype(np.float32)
+    images[:, 1] = 300.7  # no multiple of a power of two: a float32 mean would be off
+    data = ddpm_ema.Dataset(images)
+    assert data.bound < 7 and (data.x0(torch.arange(3))[:, 1] == 0).all()
 
 
 class RangeServer(http.server.BaseHTTPRequestHandler):
@@ -1678,6 +1685,56 @@ def test_data_without_labels(images, tmp_path):
     assert matplotlib.image.imread(tmp_path / "run" / "samples.png").std() > 0.01
 
 
+def fails(capsys, *flags):
+    """The one line with which the command refuses these flags."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(flags))
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.err.count("\n") == 1 and not output.out
+    return output.err
+
+
+def test_broken_files_in_a_run_are_named(bars, tmp_path, capsys):
+    for name, what in (("checkpoint-2.pt", "a checkpoint"), ("classifier.pt", "the classifier")):
+        out = tmp_path / name
+        shutil.copytree(bars / "first", out)
+        (out / name).write_bytes((out / name).read_bytes()[:-100])
+        assert f"{name} is not {what}" in fails(capsys, "--out", str(out), "--decay", "0.97")
+
+
+def test_a_killed_run_goes_on_from_its_last_save(bars, tmp_path):
+    """A kill leaves no time to save: what is on disk must do, also at a stage."""
+    flags = ["--steps", "6", "--save-every", "2", "--stages", "0.333,0.667"]
+    updates = iter([EMA.update] * 5 + [mock.Mock(side_effect=SystemExit)])
+    dying = mock.patch.object(EMA, "update", lambda ema: next(updates)(ema))
+    with dying, pytest.raises(SystemExit):
+        run(bars, tmp_path / "killed", *flags)
+    assert torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["step"] == 4
+    for name in ("killed", "whole"):
+        run(bars, tmp_path / name, *flags)
+    for name in ("checkpoint.pt", "checkpoint-2.pt", "checkpoint-4.pt"):
+        killed, whole = (torch.load(tmp_path / each / name, weights_only=True)
+                         for each in ("killed", "whole"))
+        assert equal(killed["ema"], whole["ema"])
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+
+
+def test_a_run_without_its_checkpoint_begins_anew(bars, tmp_path):
+    out, updates = tmp_path / "run", iter([EMA.update, mock.Mock(side_effect=SystemExit)])
+    dying = mock.patch.object(EMA, "update", lambda ema: next(updates)(ema))
+    with dying, pytest.raises(SystemExit):
+        run(bars, out, "--steps", "4", "--decay", "0.9")
+    (out / "checkpoint.pt").unlink()
+    run(bars, out, "--steps", "4", "--decay", "0.5")
+    assert all("0.5" in line["held_out_loss"] for line in ddpm_ema.read_log(out))
+
+
+def test_a_path_may_be_written_in_several_ways(bars, capsys):
+    folder = bars / "first"
+    run(bars, folder, "--data", f"{bars}/./first/../bars.npz")
+    assert "   step" in capsys.readouterr().out
+
+
 class Colours(nn.Module):
     """Stands for Inception: TorchScript, uint8 in, with the flag that some of them have."""
 
@@ -1697,6 +1754,17 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
              for part, n in ((held_out, 32), (data, 160))]
     expected = frechet_distance(*moments(means[0]), *moments(means[1]))
     assert float(rows[0]["fid"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("network, makes", [
+    (nn.Flatten(0), "[384]"), (nn.Linear(5, 5), "an error"), (nn.Identity(), "[2, 3, 8, 8]")])
+def test_features_that_do_not_fit_are_refused_before_training(
+        bars, tmp_path, capsys, network, makes):
+    torch.jit.script(network).save(tmp_path / "network.pt")
+    out, features = str(tmp_path / "run"), str(tmp_path / "network.pt")
+    flags = ["--data", str(bars / "bars.npz"), "--features", features, "--out", out]
+    assert f"makes {makes} of two images" in fails(capsys, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_diverged_run_says_so(bars, tmp_path):
@@ -1809,11 +1877,7 @@ def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
         flags += ["--out", str(names["run"])]
     if "--data" not in flags and str(bars / "first") not in flags:
         flags += ["--data", str(bars / "bars.npz")]
-    with pytest.raises(SystemExit) as stop:
-        main(flags)
-    output = capsys.readouterr()
-    assert stop.value.code == 2 and output.err.count("\n") == 1 and not output.out
-    assert message in output.err
+    assert message in fails(capsys, *flags)
     assert not names["run"].exists()  # nothing was begun
 
 
