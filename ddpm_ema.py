@@ -185,10 +185,8 @@ class EMA:
         # A rank owns whole chunks of one grid that does not depend on the number of ranks: the
         # products have the same shapes, and so the averages the same bits, on any of them.
         self._chunk = 32768 if device.type == "cpu" else 262144  # the scratch fits the cache
-        self._rank, self._world, chunks = 0, 1, -(-self._total // self._chunk)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._rank = torch.distributed.get_rank()
-            self._world = torch.distributed.get_world_size()
+        chunks = -(-self._total // self._chunk)
+        self._rank, self._world = self._place()
         low, high = (chunks * (self._rank + i) // self._world * self._chunk for i in (0, 1))
         high = min(high, self._total)
         self._slice, width = slice(low, high), high - low
@@ -202,6 +200,13 @@ class EMA:
         self._take(0)
         self._initial.copy_(self._recent[0])
         self._set_aside()
+
+    @staticmethod
+    def _place():
+        """(rank of this process, number of processes)"""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
 
     def _set_aside(self):
         """Infinite weights, those of a mask, have no displacement: they are kept apart."""
@@ -248,7 +253,9 @@ class EMA:
         return [*map(id, owned), *[p.shape for p in self._parameters]]
 
     def _bind(self):
-        """Finds the parameters by name, tied ones once."""
+        """Finds the parameters by name, tied ones once, if the model is new or has changed."""
+        if self._shapes and self._fingerprint() == self._seen:
+            return
         named = {}
         for name, parameter in bare_model(self.model).named_parameters():
             if torch.nn.parameter.is_lazy(parameter):
@@ -274,8 +281,7 @@ class EMA:
     @torch.no_grad()
     def _take(self, row):
         """Copies this rank's slice of the weights into a row of `recent`."""
-        if self._fingerprint() != self._seen:
-            self._bind()
+        self._bind()
         named = self._parameters
         parts = [named[i] if cut is None else named[i].reshape(-1)[cut] for i, cut in self._cuts]
         if parts:
@@ -405,8 +411,7 @@ class EMA:
 
     def _averages(self, decay, debias):
         """{id of a parameter: its average, float32, on its device}"""
-        if self._fingerprint() != self._seen:
-            self._bind()
+        self._bind()
         flat = self._gather(self._read(decay, debias).float())
         parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
         pairs = zip(self._parameters, parts)
@@ -477,13 +482,16 @@ class EMA:
             torch.clear_autocast_cache()  # or an autocast around this would go on with its copies
             yield self.model
         finally:
+            self._swapped = False
             for table, before in bound:
                 table.update(before)  # forward() may have bound buffers to other tensors
-            for value, data, before in own.values():
-                value.data = data
-                data.copy_(before)
+            with torch.no_grad():
+                for value, data, before in own.values():
+                    value.data = data  # .half() may have put another in its place
+                    # Into `value`, for autograd to see it. An expanded buffer cannot be written.
+                    if id(value) in averages or not torch.equal(value, before):
+                        value.copy_(before)
             torch.clear_autocast_cache()
-            self._swapped = False
 
     @torch.no_grad()
     def card(self, decay, batch_size=None):
@@ -577,12 +585,18 @@ class EMA:
         self._set_aside()
         self._path.fill_(state["path"] if self._rank == 0 else 0.0)
 
-    def __getstate__(self):  # pickled, views would be torn from the tables that they view
+    def __getstate__(self):
+        if self._swapped:
+            raise RuntimeError("copied inside applied(): the model holds averaged weights")
+        # Views would be torn from the tables that they view.
         cut = {"_initial", "_recent", "_squares", "_chunks", "_cuts", "_views"}
         return {name: value for name, value in vars(self).items() if name not in cut}
 
     def __setstate__(self, state):
         vars(self).update(state)
+        if (self._rank, self._world) != self._place():
+            raise RuntimeError(f"pickled by rank {self._rank} of {self._world}, which has its own "
+                               "slice only: save state_dict() instead")
         self._cut()
 
     @torch.no_grad()
@@ -597,6 +611,7 @@ class EMA:
             raise ValueError(f"decay {spec} is not tracked; tracked: {', '.join(self._rows)}")
         if step < 0 or step != int(step):
             raise ValueError(f"step is {step}; allowed is a whole number from 0")
+        self._bind()
         live = self._live()
         given = {name if name in live else name.removeprefix("module."): value
                  for name, value in ((bare_name(n), value) for n, value in state_dict.items())}
@@ -1402,7 +1417,7 @@ def stage_path(out, step, last_step):
 def read_log(out):
     """The lines of metrics.jsonl; one that an interruption tore is left out."""
     lines, path = [], out / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines
@@ -1527,9 +1542,9 @@ def train(args, start, running, signals, model, origin, network, diffusion, ema,
             state = {"args": args.saved, "step": step, "model": model.state_dict(),
                      "optimizer": optimizer.state_dict(), "ema": ema.state_dict(),
                      "running": running}
-            paths = {args.out / "checkpoint.pt"}  # what an interrupted run goes on from
-            if step in args.stage_steps and not signals:
-                paths.add(stage_path(args.out, step, args.steps))
+            paths = [args.out / "checkpoint.pt"]  # what an interrupted run goes on from
+            if step in args.stage_steps and step < args.steps and not signals:
+                paths.append(stage_path(args.out, step, args.steps))
             for path in paths:
                 with replacing(path) as temporary:
                     torch.save(state, temporary)
@@ -1612,20 +1627,22 @@ def load_features(args, data):
         raise ValueError("--features takes pictures with 1 or 3 channels, no other data")
     try:
         network = torch.jit.load(args.features, map_location=data.device).eval()
-    except (RuntimeError, ValueError):
-        raise ValueError(f"--features {args.features} is not a TorchScript file") from None
-    wants = "return_features" in {a.name for a in network.forward.schema.arguments}
+        wants = "return_features" in {a.name for a in network.forward.schema.arguments}
+    except (RuntimeError, ValueError, AttributeError):
+        raise ValueError(f"--features {args.features} is not a TorchScript file with a "
+                         "forward()") from None
 
     @torch.no_grad()
     def features_of(x0):
         images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
         return (network(images, return_features=True) if wants else network(images)).float()
 
-    shape = []
+    made = "an error"
     with contextlib.suppress(Exception):  # whatever FILE holds
-        shape = list(features_of(data.x0(torch.arange(2, device=data.device))).shape)
-    if len(shape) != 2 or shape[0] != 2:
-        raise ValueError(f"--features {args.features} makes {shape or 'an error'} of two images, "
+        features = features_of(data.x0(torch.arange(2, device=data.device)))
+        made = list(features.shape) if features.isfinite().all() else "NaN"
+    if len(made) != 2 or made[0] != 2:
+        raise ValueError(f"--features {args.features} makes {made} of two images, "
                          "uint8 [2, 3, H, W]; needed is [2, D]")
     return features_of
 
@@ -1642,10 +1659,11 @@ def read_rows(path, key=RESULT_KEY):
     """The rows of a table, all values text; ValueError if it is not ours."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:
         reader = csv.DictReader(file)
+        names = reader.fieldnames or ()
         rows = list(reader)
-    if not set(key) <= set(reader.fieldnames or ()):
+    if not set(key) <= set(names):
         raise ValueError(f"{path} is not a table of this program; choose another --out")
     return rows
 
@@ -2381,8 +2399,7 @@ def make_parser():
         "0.99995 that has the lowest held-out loss", type=decays)
     add("--data", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
         "their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or\n"
-        "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`",
-        type=lambda path: path and os.path.normpath(path))
+        "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`")
     add("--out", "folder for checkpoints, tables and pictures [runs/ and the name of the data]",
         type=Path)
     add("--steps", "optimizer steps; more than a finished run has trains it on", type=count)
@@ -2426,15 +2443,20 @@ def resolve(given):
     checkpoint = None
     if (out / "checkpoint.pt").exists():
         checkpoint = load_checkpoint(out / "checkpoint.pt")
-        args |= checkpoint["args"] | given
-        changed = [f"--{k.replace('_', '-')} {given[k]} (the run has {checkpoint['args'][k]})"
-                   for k in FIXED if k in given and given[k] != checkpoint["args"][k]]
+        run = checkpoint["args"]
+        paths = {run["data"], given.get("data", run["data"])} - {"glyphs", *DOWNLOADS}
+        if len({*map(os.path.realpath, paths)}) == 1 < len(paths):  # two spellings of one
+            given = given | {"data": run["data"]}
+        args |= run | given
+        changed = [f"--{k.replace('_', '-')} {given[k]} (the run has {run[k]})"
+                   for k in FIXED if k in given and given[k] != run[k]]
         if changed:
             raise ValueError(f"{out} holds a run with other settings: {', '.join(changed)}; "
                              "leave them out, or choose another --out")
     tables = read_rows(out / "results.csv"), read_rows(out / "held_out.csv", ROW_KEY)  # ours?
-    if any(tables) and not checkpoint:
-        raise ValueError(f"{out} holds results without their checkpoint; give another --out")
+    if not checkpoint and (any(tables) or any(out.glob("checkpoint-*.pt"))):
+        raise ValueError(f"{out} holds what a run left without its checkpoint.pt; give another "
+                         "--out")
     args.setdefault("tracked", [decay for decay in args["decay"] if decay != "auto"])
     args["saved"] = {k: v for k, v in args.items() if k not in ("out", "device", "saved")}
     args = argparse.Namespace(**args)

@@ -612,7 +612,9 @@ def test_replaced_and_deep_copied_models_are_followed_by_name():
     model = mlp()
     ema = EMA(model, [0.5])
     twin = copy.deepcopy(model)
+    ema.load_average(0.5, twin.state_dict(), 0)
     model[0].weight = nn.Parameter(model[0].weight.detach() + 1)  # a new object of the same name
+    ema.load_average(0.5, twin.state_dict(), 0)
     ema.update()
     moved = ema.weights(0.5)["0.weight"] - twin[0].weight
     torch.testing.assert_close(moved, torch.full((32, 2), 0.5))
@@ -658,7 +660,8 @@ def test_applied_restores_the_model_and_guards_it():
     ema.update()
     before = copy.deepcopy(model.state_dict())
     state = ema.state_dict()
-    guarded = [ema.update, ema.state_dict, lambda: ema.load_state_dict(state)]
+    guarded = [ema.update, ema.state_dict, lambda: ema.load_state_dict(state),
+               lambda: copy.deepcopy(ema), lambda: pickled(ema)]
     for action in (*guarded, lambda: ema.applied(0.9).__enter__(), lambda: 1 / 0):
         with pytest.raises((RuntimeError, ZeroDivisionError)), ema.applied(0.9) as swapped:
             assert swapped is model
@@ -678,8 +681,9 @@ class Growing(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.mask = nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False)
+        self.mask = nn.Parameter(torch.tensor([-0.0, -math.inf]), requires_grad=False)
         self.register_buffer("cache", torch.zeros(4), persistent=False)
+        self.register_buffer("expanded", torch.ones(()).expand(4), persistent=False)
         self.norm = nn.BatchNorm1d(2)
         self.ema = EMA(self, [0, 0.5])
 
@@ -700,10 +704,23 @@ def test_applied_restores_buffers_that_grew():
             model.half()
             if error:
                 raise error
-        assert model(0).dtype == torch.float32 and model(1) == 2
+        assert model(0).dtype == torch.float32 and model(1) == 2 and model.mask.signbit().all()
         assert model.norm.num_batches_tracked == 0 and model.norm.running_mean.sum() == 0
         model.cache = cache
     model.ema.update()
+
+
+def test_gradients_of_the_averages_are_not_taken_after_applied():
+    """What autograd has kept of the averages is gone then: an error, no wrong numbers."""
+    model, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.ones(2, requires_grad=True)
+    ema = EMA(model, [0.9])
+    model[1].weight.data += 1
+    ema.update()
+    with ema.applied(0.9):
+        model(x).sum().backward()
+        late = model(x).sum()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        late.backward()
 
 
 def test_applied_under_autocast():
@@ -942,7 +959,11 @@ def two_processes(rank, port, path):
     assert ema._bank.numel() < held
     if rank == 0:
         torch.save(result, path)
+    assert_same(pickled(ema).weights(0.99), result["0.99"])
+    dump = pickle.dumps(EMA(mlp()))  # it holds this rank's slice
     torch.distributed.destroy_process_group()
+    with pytest.raises(RuntimeError, match=f"pickled by rank {rank} of 2"):
+        pickle.loads(dump)
 
 
 def test_two_processes_equal_one_bit_for_bit(tmp_path):
@@ -1702,6 +1723,20 @@ def test_broken_files_in_a_run_are_named(bars, tmp_path, capsys):
         assert f"{name} is not {what}" in fails(capsys, "--out", str(out), "--decay", "0.97")
 
 
+def test_broken_tables_and_logs(bars, tmp_path, capsys):
+    for name in ("results.csv", "held_out.csv"):
+        for content in (b"", b"\xff\xfe\x80\n"):
+            out = tmp_path / f"{name}{len(content)}"
+            shutil.copytree(bars / "first", out)
+            (out / name).write_bytes(content)
+            assert f"{name} is not a table" in fails(capsys, "--out", str(out))
+    shutil.copytree(bars / "first", tmp_path / "log")
+    log = tmp_path / "log" / "metrics.jsonl"
+    whole = ddpm_ema.read_log(log.parent)
+    log.write_bytes(log.read_bytes() + b"\xff\x80")
+    assert ddpm_ema.read_log(log.parent) == whole
+
+
 def test_a_killed_run_goes_on_from_its_last_save(bars, tmp_path):
     """A kill leaves no time to save: what is on disk must do, also at a stage."""
     out, flags = tmp_path / "run", ["--steps", "4", "--save-every", "2", "--stages", "0.5"]
@@ -1724,10 +1759,13 @@ def test_a_run_without_its_checkpoint_begins_anew(bars, tmp_path):
     assert all("0.5" in line["held_out_loss"] for line in ddpm_ema.read_log(out))
 
 
-def test_a_path_may_be_written_in_several_ways(bars, capsys):
+def test_a_path_may_be_written_in_several_ways(bars, tmp_path, capsys):
     folder = bars / "first"
-    run(bars, folder, "--data", f"{bars}/./first/../bars.npz")
-    assert "   step" in capsys.readouterr().out
+    (tmp_path / "elsewhere").symlink_to(folder)  # its parent is not tmp_path
+    for spelling in (f"{bars}/./first/../bars.npz", f"{tmp_path}/elsewhere/../bars.npz"):
+        run(bars, folder, "--data", spelling)
+        assert "   step" in capsys.readouterr().out
+    run(bars, tmp_path / "run", "--steps", "1", "--data", spelling)
 
 
 class Colours(nn.Module):
@@ -1751,8 +1789,20 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
     assert float(rows[0]["fid"]) == pytest.approx(expected, rel=1e-4)
 
 
+class Endless(nn.Module):
+    def forward(self, x):
+        return x[:, :, 0, 0] / 0
+
+
+class Exported(nn.Module):
+    @torch.jit.export
+    def features(self, x):
+        return x
+
+
 @pytest.mark.parametrize("network, makes", [
-    (nn.Flatten(0), "[384]"), (nn.Linear(5, 5), "an error"), (nn.Identity(), "[2, 3, 8, 8]")])
+    (nn.Flatten(0), "[384]"), (nn.Linear(5, 5), "an error"), (nn.Identity(), "[2, 3, 8, 8]"),
+    (Endless(), "NaN")])
 def test_features_that_do_not_fit_are_refused_before_training(
         bars, tmp_path, capsys, network, makes):
     torch.jit.script(network).save(tmp_path / "network.pt")
@@ -1760,6 +1810,12 @@ def test_features_that_do_not_fit_are_refused_before_training(
     flags = ["--data", str(bars / "bars.npz"), "--features", features, "--out", out]
     assert f"makes {makes} of two images" in fails(capsys, *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_features_need_a_forward(bars, tmp_path, capsys):
+    torch.jit.script(Exported()).save(tmp_path / "network.pt")
+    flags = ["--data", str(bars / "bars.npz"), "--features", str(tmp_path / "network.pt")]
+    assert "with a forward()" in fails(capsys, *flags, "--out", str(tmp_path / "run"))
 
 
 def test_a_diverged_run_says_so(bars, tmp_path):
@@ -1841,12 +1897,13 @@ def test_accumulation_gives_the_same_gradient(bars, tmp_path):
     (["--out", "{first}", "--data", "{other}"], "--data"), (["--data", ""], "glyphs"),
     (["--data", "{bare}"], "not an .npz"), (["--data", "{few}"], "20 is the least"),
     (["--device", "meta"], "cpu, cuda"), (["--steps", "1" + "0" * 40], "to 100000000\n"),
-    (["--out", "{alien}"], "not a table"), (["--out", "{orphan}"], "without their checkpoint"),
+    (["--out", "{alien}"], "not a table"), (["--out", "{orphan}"], "without its checkpoint"),
+    (["--out", "{stage}"], "without its checkpoint"),
     (["--out", "{alien2}"], "not a table"), (["--decay", "sweeping"], "'sweeping'"),
     (["--data", "{none}"], "[0, 1, 8, 8]"),
 ])
 def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
-    folders = ("empty", "unequal", "wrong", "alien", "alien2", "orphan")
+    folders = ("empty", "unequal", "wrong", "alien", "alien2", "orphan", "stage")
     names = {n: tmp_path / n for n in (*folders, "run")}
     files = ("nan", "broken", "odd", "bare", "none", "few", "other")
     names |= {n: tmp_path / f"{n}.npz" for n in files}
@@ -1856,6 +1913,7 @@ def test_bad_input_is_one_line(bars, tmp_path, capsys, flags, message):
     (names["alien"] / "results.csv").write_text("a,b\n")
     (names["alien2"] / "held_out.csv").write_text("a,b\n")
     shutil.copy(bars / "first" / "results.csv", names["orphan"])
+    shutil.copy(bars / "first" / "checkpoint-2.pt", names["stage"])
     np.save(names["few"].with_suffix(".npy"), np.zeros(3))
     names["few"].with_suffix(".npy").rename(names["bare"])
     np.savez(names["few"], images=np.zeros((12, 1, 8, 8), np.uint8))
