@@ -1374,7 +1374,8 @@ def test_bootstrap_spread_is_that_of_repeated_sampling():
 # ==================================================================================================
 
 ddpm_ema.CANDIDATES = ("0.9", "0.97", "0.99")  # fewer, since each costs a network evaluation
-PICTURES = ("plot_curves", "plot_training", "plot_sweep", "plot_modes")
+ddpm_ema.SMALL["network"] = {"width": 8}  # checkpoints of 28 MB, not of 109
+PICTURES = ("plot_samples", "plot_curves", "plot_training", "plot_sweep", "plot_modes")
 TINY = ["--batch-size", "8", "--num-samples", "32", "--sample-steps", "2", "--log-every", "2"]
 
 
@@ -1392,20 +1393,20 @@ def bars(tmp_path_factory):
     return folder
 
 
-def small(drawn=False):
-    """Inside, the classifier trains briefly, and the slow pictures are left out unless `drawn`."""
+def small(left_out=PICTURES):
+    """Inside, the classifier trains briefly, and these pictures, which are slow, are not drawn."""
     brief = functools.partial(ddpm_ema.train_classifier, num_steps=100)
-    pictures = {} if drawn else dict.fromkeys(PICTURES, mock.DEFAULT)
+    pictures = dict.fromkeys(left_out, mock.DEFAULT)
     return mock.patch.multiple(ddpm_ema, train_classifier=brief, **pictures)
 
 
 def run(folder, out, *flags):
-    """The command itself, in this process; its slow pictures are drawn for the first run only."""
+    """The command itself, in this process; its pictures are drawn for the first run only."""
     first = out == folder / "first"
     if not first and not out.exists():
         out.mkdir()
         shutil.copy(folder / "first" / "classifier.pt", out)
-    with small(drawn=first):
+    with small(() if first else PICTURES):
         main(["--data", str(folder / "bars.npz"), "--out", str(out), *TINY, *flags])
 
 
@@ -1468,7 +1469,7 @@ def test_held_out_losses_of_the_candidates(bars):
         (step, name) for step in "24" for name in names]
     _, held_out = load_data(str(bars / "bars.npz")).split()
     state = torch.load(bars / "first" / "checkpoint-2.pt", weights_only=True)
-    model, diffusion = UNet(1).eval(), Diffusion("cosine", "v")
+    model, diffusion = UNet(1, width=8).eval(), Diffusion("cosine", "v")
     model.load_state_dict(state["model"])
     raw = ddpm_ema.held_out_loss(model, diffusion, held_out)
     assert float(rows[0]["held_out_loss"]) == pytest.approx(raw, rel=1e-5)
@@ -1697,7 +1698,7 @@ def test_interruption_saves_and_continues(bars, tmp_path):
     PIXELS[:, None], np.random.default_rng(0).normal(size=(40, 5, 8, 8))], ids=["wide", "latents"])
 def test_data_without_labels(images, tmp_path):
     np.savez(tmp_path / "data.npz", images=images)
-    with small():
+    with small(PICTURES[1:]):
         main(["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), *TINY,
               "--steps", "2", "--preset", "small"])
     rows = rows_of(tmp_path / "run")
