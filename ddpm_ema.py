@@ -488,9 +488,11 @@ class EMA:
             with torch.no_grad():
                 for value, data, before in own.values():
                     value.data = data  # .half() may have put another in its place
-                    # Into `value`, for autograd to see it. An expanded buffer cannot be written.
-                    if id(value) in averages or not torch.equal(value, before):
-                        value.copy_(before)
+                    if id(value) in averages:
+                        value.copy_(before)  # not into `data`: autograd has to see it
+                    else:
+                        with contextlib.suppress(RuntimeError):  # an expanded one: none wrote it
+                            data.copy_(before)
             torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -563,6 +565,7 @@ class EMA:
                   "initial", "bank", "recent")
         if missing := [key for key in needed if key not in state]:
             raise ValueError(f"not the state of an EMA: it lacks {', '.join(missing)}")
+        self._bind()
         self._match({name: tuple(shape) for name, shape in state["shapes"].items()}, "the state")
         has = [*state["decays"], *map(parse_decay, state["ladder"])]
         if missing := [spec for spec in self.decays if spec not in has]:
@@ -594,7 +597,7 @@ class EMA:
 
     def __setstate__(self, state):
         vars(self).update(state)
-        if (self._rank, self._world) != self._place():
+        if self._world > 1 and (self._rank, self._world) != self._place():
             raise RuntimeError(f"pickled by rank {self._rank} of {self._world}, which has its own "
                                "slice only: save state_dict() instead")
         self._cut()
@@ -1418,9 +1421,9 @@ def read_log(out):
     """The lines of metrics.jsonl; one that an interruption tore is left out."""
     lines, path = [], out / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict) and "held_out_loss" in line]
 
 
 @torch.no_grad()
@@ -1661,8 +1664,10 @@ def read_rows(path, key=RESULT_KEY):
         return []
     with open(path, newline="", errors="replace") as file:
         reader = csv.DictReader(file)
-        names = reader.fieldnames or ()
-        rows = list(reader)
+        try:
+            names, rows = reader.fieldnames or (), list(reader)
+        except csv.Error:
+            names = ()
     if not set(key) <= set(names):
         raise ValueError(f"{path} is not a table of this program; choose another --out")
     return rows
@@ -2587,7 +2592,7 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         parser.error(error)
     print_configuration(args, data, held_out, model, network, diffusion, step)
-    if step < args.steps:
+    if step < args.steps or checkpoint["args"]["steps"] != args.steps:  # or it ends earlier
         with catching_signals() as signals:
             train(args, step, running, signals, model, origin, network, diffusion, ema, optimizer,
                   data, held_out)

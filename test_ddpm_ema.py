@@ -645,8 +645,9 @@ def test_changed_parameters_are_named():
         change(model)
         with pytest.raises(ValueError, match=f"parameter {name} "):
             ema.update()
-        with pytest.raises(ValueError, match=f"parameter {name} "):
-            EMA(model).load_state_dict(state)
+        for each in (ema, EMA(model)):
+            with pytest.raises(ValueError, match=f"parameter {name} "):
+                each.load_state_dict(state)
     with pytest.raises(ValueError, match="parameter 0.weight has no shape yet"):
         EMA(nn.Sequential(nn.LazyLinear(2)))
     with pytest.raises(ValueError, match="parameter weight is torch.int64"):
@@ -684,6 +685,7 @@ class Growing(nn.Module):
         self.mask = nn.Parameter(torch.tensor([-0.0, -math.inf]), requires_grad=False)
         self.register_buffer("cache", torch.zeros(4), persistent=False)
         self.register_buffer("expanded", torch.ones(()).expand(4), persistent=False)
+        self.register_buffer("sparse", torch.eye(2).to_sparse(), persistent=False)
         self.norm = nn.BatchNorm1d(2)
         self.ema = EMA(self, [0, 0.5])
 
@@ -947,6 +949,7 @@ def big_run(wrap=lambda model: model):
 def two_processes(rank, port, path):
     torch.set_num_threads(1)
     where = f"tcp://127.0.0.1:{port}"
+    before = pickle.dumps(whole := EMA(mlp()))
     torch.distributed.init_process_group("gloo", init_method=where, world_size=2, rank=rank)
     ema = big_run(nn.parallel.DistributedDataParallel)
     held = torch.tensor(float(ema._bank.numel()))
@@ -960,6 +963,7 @@ def two_processes(rank, port, path):
     if rank == 0:
         torch.save(result, path)
     assert_same(pickled(ema).weights(0.99), result["0.99"])
+    assert_same(pickle.loads(before).weights(0.99), whole.weights(0.99))
     dump = pickle.dumps(EMA(mlp()))  # it holds this rank's slice
     torch.distributed.destroy_process_group()
     with pytest.raises(RuntimeError, match=f"pickled by rank {rank} of 2"):
@@ -1726,7 +1730,7 @@ def test_broken_files_in_a_run_are_named(bars, tmp_path, capsys):
 
 def test_broken_tables_and_logs(bars, tmp_path, capsys):
     for name in ("results.csv", "held_out.csv"):
-        for content in (b"", b"\xff\xfe\x80\n"):
+        for content in (b"", b"\xff\xfe\x80\n", b"\0" * 200_000):
             out = tmp_path / f"{name}{len(content)}"
             shutil.copytree(bars / "first", out)
             (out / name).write_bytes(content)
@@ -1734,7 +1738,7 @@ def test_broken_tables_and_logs(bars, tmp_path, capsys):
     shutil.copytree(bars / "first", tmp_path / "log")
     log = tmp_path / "log" / "metrics.jsonl"
     whole = ddpm_ema.read_log(log.parent)
-    log.write_bytes(log.read_bytes() + b"\xff\x80")
+    log.write_bytes(log.read_bytes() + b"null\n{}\n\xff\x80")
     assert ddpm_ema.read_log(log.parent) == whole
 
 
@@ -1841,7 +1845,9 @@ def test_a_run_with_stages_trains_on(bars, tmp_path):
     assert [line["step"] for line in ddpm_ema.read_log(out)] == [0, 2, 4, 6, 7, 8, 10]
 
 
-def test_a_signal_in_the_last_step_stops_before_the_evaluation(bars, tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", ["3", "5"])
+def test_a_signal_in_the_last_step_stops_before_the_evaluation(bars, tmp_path, monkeypatch, asked):
+    """The last step, or one that becomes the last when fewer are asked for afterwards."""
     update = EMA.update
 
     def update_and_stop(ema):
@@ -1851,10 +1857,11 @@ def test_a_signal_in_the_last_step_stops_before_the_evaluation(bars, tmp_path, m
 
     monkeypatch.setattr(EMA, "update", update_and_stop)
     with pytest.raises(SystemExit) as stop:
-        run(bars, tmp_path / "run", "--steps", "3")
+        run(bars, tmp_path / "run", "--steps", asked)
     assert stop.value.code == 130 and not (tmp_path / "run" / "results.csv").exists()
     run(bars, tmp_path / "run", "--steps", "3")
     assert {row["step"] for row in rows_of(tmp_path / "run")} == {"3"}
+    assert ddpm_ema.load_methods([tmp_path / "run"])  # it is finished
 
 
 def test_a_stage_of_which_only_real_is_known_is_left_out(bars, tmp_path, capsys):
