@@ -27,608 +27,384 @@ The sections EMA, Noise schedules and UNet each run when pasted alone into an em
 # ==================================================================================================
 # EMA
 # ==================================================================================================
-# For weights θ_t after optimizer step t and a decay β_t, which may depend on the step:
+# Of the weights θ_t after optimizer step t, with a decay β_t that may depend on the step:
+#
 #     e_t = β_t e_{t-1} + (1 - β_t) θ_t,    e_0 = θ_0 (the initial weights).
-# Stored is the displacement d = e - θ_0: rounding is then relative to how far the weights moved.
 #
-# Blocks. With δ_j = θ_j - θ_{j-1} and r_j = 1 - Π_{i≥j} β_i, a block of steps that starts at
-# the weights θ_b changes d exactly by
-#     d += r_1 (x - d),    x = θ_b - θ_0 + Σ_j (r_j / r_1) δ_j.
+# Everything is said in reaches: r_n = 1 - Π_{i>t-n} β_i is the weight that e_t gives to the last
+# n steps. With x_t = θ_t - θ_0 and δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is
+# Σ_n r_n δ_{t+1-n}; the init share, what θ_0 still weighs, is 1 - r_t; debiased, the average is
+# θ_0 + d_t / r_t. A block of n steps from θ_b on, m the average of x in it, turns d into
 #
-# Any decay afterwards. Of e_t's weight, S_n = Π_{i>t-n} β_i lies at least n steps back (β^n
-# for a constant decay): e_t = θ_t - Σ_n S_n δ_{t+1-n}. So Σ_k a_k e_k with Σ_k a_k = 1 differs
-# from the e_t of another decay by Σ_n R_n δ_{t+1-n}, R the misfit of the functions S, and
-#     ‖error‖ ≤ ‖R‖ (Σ_t ‖δ_t‖²)^½.
-# The a_k minimise ‖R‖; the inner products that this takes are geometric series.
+#     (1 - r_n) d + r_n m  =  (1 - r_n) d + r_n (θ_b - θ_0) + Σ_{j<=n} r_j δ_{t+1-j}.
+#
+# EMA takes the left side, EMABank the right. Both round d once a block, relative to how far the
+# weights have moved, where e += (1 - β) (θ - e) in float32 rounds at every step and stalls.
 
 import contextlib
 import math
 
 import torch
 
-LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 15) for rung in range(16))  # 1 - decay: 0.1 to 5e-5
-
 
 def parse_decay(decay):
-    """The canonical text of a decay: "0.999", "step", "ramp:0.9999", "halflife:2000", "power:0.1".
-
-    decay: a number or such a text. ValueError, in one line, for anything else.
-    """
+    """A decay's canonical text, "0.999" or "ramp:0.9999"; ValueError, one line, if it is none."""
     text = str(decay).strip()
-    if text == "step":
-        return text
     kind = text[: text.rfind(":") + 1]
     with contextlib.suppress(ValueError):
-        value = float(text[len(kind) :])
-        unit = 0 <= value < 1
-        allowed = {"": unit, "ramp:": unit, "power:": 0 < value <= 12**-0.5}
-        if allowed.get(kind, kind == "halflife:" and 0 < value < math.inf):
-            return kind + repr(value).removesuffix(".0")
-    raise ValueError(
-        f"decay {text!r} is not understood; allowed: a number 0 <= decay < 1 (0.999), step, "
-        "ramp:0.9999, halflife:2000 (in steps), power:0.10 (sigma_rel, at most 0.288)"
-    )
+        value = 0.0 if text == "step" else float(text[len(kind) :])
+        allowed = {"": 0 <= value < 1, "ramp:": 0 <= value < 1,
+                   "halflife:": 0 < value <= 1e12, "power:": 1e-6 <= value <= 12**-0.5}
+        if allowed.get(kind):
+            return text if text == "step" else kind + repr(value).removesuffix(".0")
+    raise ValueError(f"decay {text!r} is not understood; allowed: a number 0 <= decay < 1 (0.999), "
+                     "step, ramp:0.9999, halflife:2000 (steps), power:0.10 (sigma_rel, to 0.288)")
 
 
-def decay_rates(spec, t):
-    """1 - β_t for a canonical decay at steps t = 1, 2, … (float64), exact where β_t is near 1.
+def log_decays(decay, t):
+    """ln β_t (float64) of a canonical decay at steps t = 1, 2, …, exact also for β_t near 1.
 
     step: β_t = 1 - 1/(t+1), the plain mean. ramp: min(β, (1+t)/(10+t)). halflife: 2^(-1/steps).
     power: (1 - 1/t)^(γ+1), of relative width sigma_rel (Karras et al. 2024, arXiv:2312.02696).
     """
-    if spec == "step":
-        return 1 / (t + 1)
-    kind, _, number = spec.rpartition(":")
-    value = float(number)
+    kind, _, number = decay.rpartition(":")
+    if decay == "step":
+        return -torch.log1p(1 / t)
     if kind == "ramp":
-        return (9 / (10 + t)).clamp(min=1 - value)
-    if kind == "power":
-        low, high = 0.0, 1 / value  # γ solves sigma_rel² = (γ+1) / ((γ+2)² (γ+3))
-        for _ in range(60):
-            gamma = (low + high) / 2
-            wide = gamma + 1 > (gamma + 2) ** 2 * (gamma + 3) * value**2
-            low, high = (gamma, high) if wide else (low, gamma)
-        return -torch.expm1((gamma + 1) * torch.log1p(-1 / t))
-    rate = -math.expm1(-math.log(2) / value) if kind == "halflife" else 1 - value
-    return torch.full_like(t, rate)
+        return torch.log1p(-(9 / (10 + t)).clamp(min=1 - float(number)))
+    if kind == "halflife":
+        return torch.full_like(t, -math.log(2) / float(number))
+    if kind == "power":  # γ solves sigma_rel² (γ+2)² (γ+3) = γ+1; its largest root, by Viète
+        s = float(number) ** -2
+        angle = math.acos(-(2 * s + 1 / 9) / (s + 1 / 3) * (3 / (s + 1 / 3)) ** 0.5)
+        gamma = 2 * ((s + 1 / 3) / 3) ** 0.5 * math.cos(angle / 3) - 7 / 3
+        return (gamma + 1) * torch.log1p(-1 / t)
+    return torch.full_like(t, float(number)).log()
 
 
-def geometric_sum(rate, other, first, last):
-    """Σ (β β')^n for n = first … last and β = 1 - rate, exact also where both are near 1."""
-    gap = rate + other - rate * other  # 1 - β β'
-    log = torch.log1p(-rate) + torch.log1p(-other)
-    count = last - first + 1
-    series = torch.exp(first * log) * -torch.expm1(count * log) / gap
-    return torch.where(gap > 0, series, float(count))
+def reach(decay, step, n):
+    """r_0 … r_n [n + 1] (float64): what e_step weighs its last 0 … n steps, in all."""
+    t = torch.arange(step, step - n, -1, dtype=torch.float64, device="cpu")
+    return -torch.nn.functional.pad(log_decays(decay, t).cumsum(0), (1, 0)).expm1()
 
 
-def bare_name(name):
-    """A parameter's name without what torch.compile puts into it, also for a part of a model."""
-    return name.replace("_orig_mod.", "")
+def bare_state(model):
+    """{name: value} of the model inside of torch.compile, DistributedDataParallel, DataParallel."""
+    wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    state = model.state_dict(keep_vars=True)  # under FSDP2 this shards the parameters again
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
 
 
-def bare_model(model):
-    """The model inside of torch.compile, DistributedDataParallel and DataParallel."""
-    parallel = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
-    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, parallel) else model._orig_mod
-    return model
-
-
-@contextlib.contextmanager
-def full_precision():
-    """Inside, products are float32, also where a training script allows TF32 or bfloat16 ones.
-
-    After, the switches are as found; one that was set to what the general switch says follows it.
-    """
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.8 or earlier
-        allowed = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(allowed)
-        return
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    allowed = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, allowed):
-            backend.fp32_precision = "none"  # what torch.backends.fp32_precision says: follow it
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+def local(tensor):
+    """This process's shard of a DTensor (FSDP2); any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class EMA:
-    """Moving averages of a model's parameters, for many decays at once and any decay afterwards.
+    """Moving averages of a model's weights, for one decay or a few.
 
-    e_t = β_t e_{t-1} + (1 - β_t) θ_t with e_0 = θ_0. Call `update` once after every
-    `optimizer.step()`, never once per micro-batch.
+    Build it when pretrained weights are loaded and the model is wrapped; call `update` after every
+    optimizer step, never per micro-batch. With a GradScaler make it a hook of the optimizer
+    (register_step_post_hook): steps that the scaler skips do not count. No call communicates: under
+    DistributedDataParallel rank 0 has the averages, under FSDP2 every rank those of its shards.
 
-    model: any module, also compiled or wrapped in DistributedDataParallel. Its parameters are
-        averaged in float32, whatever their dtype; its buffers are read out as they are.
-    decays: one or several numbers 0 <= decay < 1 or schedules, see `parse_decay`.
-    ladder: constant decays that are tracked as well, so that any decay between them can be read
-        out; None for none.
-    block: steps that are kept before they are folded into the averages in one go: a longer one
-        rounds less often and is faster.
-    device: where the averages are kept; the device of the first parameter by default.
+    model   any module; averaged, in float32, is what requires a gradient when this is built. A
+            later change of that, or of the parameters, is a ValueError that names one
+    decays  one or more of 0 <= decay < 1, "step", "ramp:0.9999", "halflife:2000", "power:0.10", see
+            `log_decays`; the first is what the methods take for None
+    device  where the averages are kept; None: where the parameters are
 
-    Memory: (K + block + 2) float32 copies of the parameters, K the number of different decays.
-    Under torch.distributed every rank keeps a slice of them and makes the same calls.
-    ValueError for a decay that is not understood or not available, and for a parameter that
-    appears, disappears or changes shape.
+    Memory: 2 K + 1 float32 copies of what is averaged, K decays.
     """
 
-    def __init__(self, model, decays=(0.999,), ladder=LADDER, block=16, device=None):
-        if block < 1:
-            raise ValueError(f"block is {block}: at least one step")
-        self.model, self.block = model, block
-        decays = [decays] if isinstance(decays, str) or not hasattr(decays, "__iter__") else decays
-        self.decays = [parse_decay(decay) for decay in decays]
-        self._ladder = [parse_decay(float(rung)) for rung in (() if ladder is None else ladder)]
-        if "0" in self._ladder:
-            raise ValueError("a ladder has decays above 0")
-        self._rows = list(dict.fromkeys([*self.decays, *self._ladder]))
-        if not self._rows:
-            raise ValueError("no decay to track: give decays, a ladder or both")
-        self.step, self._pending, self._swapped, self._shapes = 0, 0, False, None
-        self._loaded = {}  # row -> [our step when load_average started it, its own step then]
-        self._bind()
-        self._total = sum(map(math.prod, self._shapes.values()))
-        device = torch.device(self._parameters[0].device if device is None else device)
-        like = {"dtype": torch.float32, "device": device}
+    block, ladder, _pending = 256, [], None  # a shorter block rounds d more often, a longer one m
 
-        # A rank owns whole chunks of one grid that does not depend on the number of ranks: the
-        # products have the same shapes, and so the averages the same bits, on any of them.
-        self._chunk = 32768 if device.type == "cpu" else 262144  # the scratch fits the cache
-        chunks = -(-self._total // self._chunk)
-        self._rank, self._world = self._place()
-        low, high = (chunks * (self._rank + i) // self._world * self._chunk for i in (0, 1))
-        high = min(high, self._total)
-        self._slice, width = slice(low, high), high - low
-
-        # Step t is in row 1 + (t - 1) % block of `recent`, the last fold's weights are in row 0.
-        self._bank = torch.zeros(len(self._rows), width, **like)  # [K, P] d
-        self._stored = torch.zeros(block + 2, width, **like)  # [block + 2, P] θ_0, then `recent`
-        self._path = torch.zeros((), dtype=torch.float64, device=device)  # Σ ‖δ_t‖²
-        self._infinite = torch.empty(0, dtype=torch.int64, device=device)
-        self._cut()
-        self._take(0)
-        self._initial.copy_(self._recent[0])
-        self._set_aside()
-
-    @staticmethod
-    def _place():
-        """(rank of this process, number of processes)"""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
-
-    def _set_aside(self):
-        """Infinite weights, those of a mask, have no displacement: they are kept apart."""
-        self._infinite = self._initial.isinf().nonzero().flatten()
-        self._kept = self._initial[self._infinite]
-        self._stored[:2].index_fill_(1, self._infinite, 0)
-
-    def _cut(self):
-        """Cuts the tables once, since cutting costs time as well: for folds, and by parameter."""
-        self._initial, self._recent = self._stored[0], self._stored[1:]  # [P], [block + 1, P]
-        # What a fold reads and writes, chunk by chunk.
-        rows, width = self._bank.shape
-        scratch = self._bank.new_empty((self.block + 1 + rows) * min(self._chunk, width))
-        self._squares = self._bank.new_zeros(-(-width // self._chunk))
-        tables = [table.split(self._chunk, 1) for table in (self._stored, self._bank)]
-        self._chunks = []
-        for weights, bank, square in zip(*tables, self._squares):
-            size = weights.shape[1]
-            moves = scratch[: (self.block + 1) * size].view(self.block + 1, size)
-            mean = scratch[moves.numel() :][: bank.numel()].view(rows, size)
-            self._chunks.append((weights[1:], weights[:-1], moves, mean, bank, square))
-        self._cuts, self._views, at = [], [[] for _ in self._recent], -self._slice.start
-        for index, shape in enumerate(self._shapes.values()):
-            size = math.prod(shape)
-            cut = slice(max(0, -at), min(size, width - at))  # the part that is in this rank's slice
-            if cut.start < cut.stop:
-                whole = cut == slice(0, size)
-                self._cuts.append((index, None if whole else cut))
-                for views, row in zip(self._views, self._recent):
-                    part = row[at + cut.start : at + cut.stop]
-                    views.append(part.view(shape) if whole else part)
-            at += size
-
-    def _match(self, shapes, where):
-        """Raises, naming the parameter, unless `shapes` (by name) are those of the averages."""
-        for name in {**self._shapes, **shapes}:
-            ours, theirs = self._shapes.get(name), shapes.get(name)
-            if ours != theirs:
-                raise ValueError(f"{where}: parameter {name} has shape {theirs}, expected {ours}")
-
-    def _fingerprint(self):
-        """Differs once a parameter or module was added, taken away, replaced or reshaped."""
-        owned = [x for m in self._modules for x in (*m._parameters.values(), *m._modules.values())]
-        return [*map(id, owned), *[p.shape for p in self._parameters]]
-
-    def _bind(self):
-        """Finds the parameters by name, tied ones once, if the model is new or has changed."""
-        if self._shapes and self._fingerprint() == self._seen:
-            return
-        named = {}
-        for name, parameter in bare_model(self.model).named_parameters():
-            if torch.nn.parameter.is_lazy(parameter):
-                raise ValueError(f"parameter {name} has no shape yet: call the model once before")
-            if not parameter.is_floating_point():
-                raise ValueError(f"parameter {name} is {parameter.dtype}: only floats are averaged")
-            named[bare_name(name)] = parameter
-        if not named:
-            raise ValueError("the model has no parameters to average")
-        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        self._shapes = self._shapes or shapes
-        self._match(shapes, "the model has changed")
-        self._parameters = [named[name] for name in self._shapes]
-        self._modules = list(self.model.modules())
-        self._seen = self._fingerprint()
+    @torch.no_grad()
+    def __init__(self, model, decays=0.999, device=None):
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"EMA takes the model, a torch.nn.Module, not a {type(model).__name__}")
+        single = isinstance(decays, str) or not hasattr(decays, "__iter__")
+        self.decays = list(dict.fromkeys(map(parse_decay, [decays] if single else decays)))
+        self.model, self.step, self._inside = model, 0, False
+        state = bare_state(model)
+        first = {id(p): name for name, p in reversed(state.items())}  # tied ones are averaged once
+        self._parameters = {name: p for name, p in state.items()
+                            if getattr(p, "requires_grad", False) and first[id(p)] == name}
+        if any(p.requires_grad and id(p) not in first for p in model.parameters()):
+            raise ValueError("the model's state_dict() does not hold all of its parameters")
+        self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
+        if not self._tracked or not self._parameters:
+            raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
+        # The table: θ_0; what is pending, in an EMA m of every decay; d of every decay.
+        shards = [local(p) for p in self._parameters.values()]
+        size, pending = sum(map(torch.numel, shards)), self._pending or len(self._tracked)
+        rows, at = 1 + pending + len(self._tracked), 0
+        self._table = shards[0].new_zeros(rows, size, dtype=torch.float32, device=device)
+        self._d, self._tables = self._table[1 + pending :], {}
+        for name, shard in zip(self._parameters, shards):
+            strides = torch.empty_like(shard, device="meta").stride()  # channels_last stays so
+            table = self._table.as_strided((rows, *shard.shape), (size, *strides), at)
+            table[0].copy_(shard)
+            self._tables[name], at = table, at + shard.numel()
+        self._views = [table.unbind() for table in self._tables.values()]  # cut once: it takes time
+        shapes = {name: list(table.shape) for name, table in self._tables.items()}
+        self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block, **shapes}
 
     def _live(self):
-        """The model's parameters and buffers by bare name, tied ones under each of their names."""
-        model = bare_model(self.model)
-        named = model.named_parameters, model.named_buffers
-        return {bare_name(n): value for each in named for n, value in each(remove_duplicate=False)}
-
-    @torch.no_grad()
-    def _take(self, row):
-        """Copies this rank's slice of the weights into a row of `recent`."""
-        self._bind()
-        named = self._parameters
-        parts = [named[i] if cut is None else named[i].reshape(-1)[cut] for i, cut in self._cuts]
-        if parts:
-            torch._foreach_copy_(self._views[row], parts)
-        if len(self._infinite):
-            self._recent[row].index_fill_(0, self._infinite, 0)
-
-    def update(self):
-        """Takes in the model's weights after one more optimizer step."""
-        if self._swapped:
-            raise RuntimeError("update() inside applied(): the model holds averaged weights")
-        self._take(self._pending + 1)
-        self.step += 1
-        self._pending += 1
-        if self._pending == self.block:
-            self._fold()
-
-    def _reached(self):
-        """r [K, m] (float64): the weight that e gives to pending step j and the later ones."""
-        t = torch.arange(self.step - self._pending + 1, self.step + 1, dtype=torch.float64)  # [m]
-        rates = []
-        for spec in self._rows:
-            since, own = self._loaded.get(spec, (0, 0))
-            rates.append(torch.where(t > since, decay_rates(spec, t - since + own), 0.0))
-        return -torch.expm1(torch.log1p(-torch.stack(rates)).flip(1).cumsum(1).flip(1))
-
-    @torch.no_grad()
-    def _fold(self):
-        """Folds a full block into the bank, chunk by chunk, in scratch that stays in the cache."""
-        device, reached = self._bank.device, self._reached()
-        share = reached[:, :1]  # [K, 1] r_1
-        # Under a steady drift d += … rounds the same way every time, and the bias adds up over a
-        # long horizon. A wobble of the factor of d, of mean zero, turns it into a passing error.
-        wobble = 2**-21 * (self.step / self.block * 0.6180339887 % 1 - 0.5) * (1 - share)
-        mix = torch.cat([share, reached], dim=1)
-        share = share - wobble.clamp(-share / 2, share / 2)
-        mix = mix / share  # [K, 1 + m]
-        mix, share = mix.to(device, torch.float32), share.to(device, torch.float32)
-        self._pending = 0  # first: an interruption then loses this block at most
-        with full_precision():
-            for later, earlier, moves, mean, bank, square in self._chunks:
-                torch.sub(later, earlier, out=moves)  # θ_b - θ_0, then δ_1 … δ_m
-                steps = moves[1:].view(-1)
-                torch.dot(steps, steps, out=square)
-                torch.mm(mix, moves, out=mean)
-                bank.lerp_(mean, share)
-        self._path += self._squares.sum(dtype=torch.float64)
-        self._recent[0].copy_(self._recent[-1])
-
-    def _sum(self, values):
-        """The sum over all ranks."""
-        if self._world > 1:
-            values = values.to(self._parameters[0].device)  # where the process group can reach it
-            torch.distributed.all_reduce(values)
-        return values
-
-    def _gather(self, part):
-        """The whole [P] of which every rank has its slice."""
-        whole = part.new_zeros(self._total)
-        whole[self._slice] = part
-        return self._sum(whole).to(part.device)
-
-    def _survival(self, spec):
-        """S_n [t + 1] (float64), n = 0 … t: the share of e_t's weight at least n steps back."""
-        since, own = self._loaded.get(spec, (0, 0))
-        t = torch.arange(self.step - since + own, 0, -1, dtype=torch.float64)
-        logs = torch.log1p(-decay_rates(spec, t)).cumsum(0)
-        return torch.cat([torch.zeros(1, dtype=torch.float64), logs]).exp()
-
-    def _fit(self, spec):
-        """A decay as mixture: of the rows [K], of the weights 0, 1, … steps back; and ‖R‖."""
-        mixture, t = torch.zeros(len(self._rows), dtype=torch.float64), self.step
-        if spec in self._rows:
-            mixture[self._rows.index(spec)] = 1
-            return mixture, mixture[:0], 0.0
-        if not self._ladder:
-            raise ValueError(f"decay {spec} is not tracked; tracked: {', '.join(self._rows)}")
-        low, high = min(map(float, self._ladder)), max(map(float, self._ladder))
-        rate = decay_rates(spec, torch.tensor([max(t, 1)], dtype=torch.float64))
-        if not 1 - high <= rate <= 1 - low:
-            now, span = f"{1 - rate.item():.6g} at step {t}", f"{low:.6g} to {high:.6g}"
-            raise ValueError(f"decay {spec} ({now}) is outside the ladder's range, {span}")
-        # θ_0 serves as one more row (decay 1, displacement 0). The last weights are at hand: they
-        # take up the misfit of the first `window` steps, and the fit sees only those before.
-        window = min(self.block, t)
-        used = [k for k, row in enumerate(self._rows) if row in {*self._ladder} - {*self._loaded}]
-        rates = torch.tensor([1 - float(self._rows[k]) for k in used] + [0.0], dtype=torch.float64)
-        target = self._survival(spec)
-        gram = geometric_sum(rates[:, None], rates, window, t)
-        cross, norm = torch.zeros_like(rates), geometric_sum(rate, rate, window, t)
-        if spec[0].isdigit() or spec.startswith("halflife"):
-            cross = geometric_sum(rates, rate, window, t)
-        else:
-            norm = target[window:].square().sum()
-            for n in torch.arange(window, t + 1).split(65536):
-                cross += (torch.log1p(-rates)[:, None] * n).exp() @ target[n]
-        # The ridge keeps the float32 rounding of the rows from being amplified; it is relative to
-        # all steps, so that a row that forgets within the window is not blown up to fit the rest.
-        ridge = 1e-12 * geometric_sum(rates, rates, 0, t).diag()
-        fit = torch.linalg.solve(gram + ridge, cross)
-        size = fit @ gram @ fit
-        misfit = (norm - 2 * fit @ cross + size).clamp(min=0) + 1e-15 * (norm + size)
-        mixture[used] = fit[:-1]
-        n = torch.arange(window)
-        rest = target[:window] - fit @ (torch.log1p(-rates)[:, None] * n).exp()
-        return mixture, -torch.nn.functional.pad(rest, (0, 1)).diff(), misfit.sqrt().item()
-
-    @torch.no_grad()
-    def _read(self, decay, debias):
-        """This rank's slice of an average, [P] in float64; changes nothing."""
-        spec = parse_decay(decay)
-        if debias and spec in self._loaded:
-            raise ValueError(f"no debiasing of {spec}: it was loaded, without its initial weights")
-        mixture, latest, _ = self._fit(spec)
-        reached = torch.nn.functional.pad(self._reached(), (0, 1))  # [K, m + 1]
-        recent = torch.zeros(self.block + 1, dtype=torch.float64)
-        recent[1 : self._pending + 1] = -mixture @ reached.diff()
-        recent[1 + (self.step - 1 - torch.arange(len(latest))) % self.block] += latest
-        scale = 1 / (1 - self.init_share(spec)) if debias and self.step else 1.0
-        bank, recent = scale * mixture * (1 - reached[:, 0]), scale * recent
-        total = self._initial.double() * (1 - recent.sum().item())
-        for coefficients, rows in ((bank, self._bank), (recent, self._recent)):
-            for k in coefficients.nonzero().flatten().tolist():
-                total.add_(rows[k], alpha=coefficients[k].item())
-        total[self._infinite] = self._kept.double()
-        return total
-
-    def _averages(self, decay, debias):
-        """{id of a parameter: its average, float32, on its device}"""
-        self._bind()
-        flat = self._gather(self._read(decay, debias).float())
-        parts = flat.split([math.prod(shape) for shape in self._shapes.values()])
-        pairs = zip(self._parameters, parts)
-        return {id(p): part.view(p.shape).to(p.device) for p, part in pairs}
-
-    def weights(self, decay, debias=False):
-        """The averages (float32) and the present buffers, named as in the bare model's state_dict.
-
-        The bare model is the one inside of torch.compile or DistributedDataParallel: load them into
-        that. decay: a tracked one, or any within the ladder's range (see `error_bound`). debias
-        takes the initial weights out: θ_0 + d / (1 - c), see `init_share`.
-        """
-        averages, live = self._averages(decay, debias), self._live()
-        ours, held, unknown = set(map(id, live.values())), set(), []
-        state = bare_model(self.model).state_dict(keep_vars=True)
-        for name in list(state):
-            value = state.pop(name)
-            value = live.get(bare_name(name), value)  # a model's own state_dict may hold copies
-            if torch.is_tensor(value):
-                held.add(id(value))
-                unknown += [name] * (id(value) not in ours)
-                value = averages.get(id(value), value).clone()
-            state[bare_name(name)] = value
-        if unknown and averages.keys() - held:
-            raise ValueError(f"the model's state_dict() has {unknown[0]}, which is neither a "
-                             "parameter nor a buffer: its average is not known")
+        """The bare model's state by name, if what trains still is what is averaged."""
+        state, known = bare_state(self.model), set(map(id, self._parameters.values()))
+        changed = [name for name, p in self._parameters.items() if state.get(name) is not p]
+        changed += [name for name, value in state.items()
+                    if getattr(value, "requires_grad", False) and id(value) not in known]
+        if changed:
+            raise ValueError(f"parameter {changed[0]} was replaced, removed or set to require a "
+                             "gradient since the EMA was built: build it after that")
         return state
 
-    def init_share(self, decay):
-        """c = Π_t β_t in [0, 1]: the weight that the average gives to the initial weights."""
-        return self._survival(parse_decay(decay))[-1].item()
+    @torch.no_grad()
+    def update(self):
+        """Takes in the model's weights after one more optimizer step."""
+        if self._inside:
+            raise RuntimeError("update() inside applied(): the model holds averaged weights")
+        if self.step % 16 == 0:  # it walks through all modules, which is half an update's time
+            self._live()
+        self.step += 1
+        self._take((self.step - 1) % self.block + 1)
+
+    def _take(self, n):
+        """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
+        reaches = [reach(decay, self.step, n) for decay in self._tracked]
+        shares = [(r[1] / r[n]).item() for r in reaches]
+        for parameter, (initial, *means) in zip(self._parameters.values(), self._views):
+            x = local(parameter).to(initial) - initial
+            for mean, share in zip(means, shares):
+                mean.lerp_(x, share)
+        if n == self.block:
+            for d, mean, r in zip(self._d, self._table[1:], reaches):
+                d.lerp_(mean, r[n].item())
+
+    def _coefficients(self, decay):
+        """d_t as a row over the table (float64), also within a block: d + r_n (m - d)."""
+        if decay not in self._tracked:
+            raise ValueError(f"decay {decay} is not there; there are {', '.join(self.decays)}")
+        k, share = self._tracked.index(decay), reach(decay, self.step, self.step % self.block)[-1]
+        row = share.new_zeros(len(self._table))
+        row[1 + k], row[k - len(self._d)] = share, 1 - share
+        return row
+
+    @torch.no_grad()
+    def _averages(self, decay, debias):
+        """Yields (parameter, its average): float32, of this process's shard, on its device."""
+        decay = self._tracked[0] if decay is None else parse_decay(decay)
+        row = self._coefficients(decay)
+        if debias and self.step:
+            row /= reach(decay, self.step, self.step)[-1]
+        row[0] += 1
+        for parameter, views in zip(self._parameters.values(), self._views):
+            total = torch.zeros_like(views[0], dtype=torch.float64)
+            for view, weight in zip(views, row.tolist()):
+                if weight:
+                    total.add_(view, alpha=weight)
+            yield parameter, total.to(local(parameter).device, torch.float32)
+
+    def weights(self, decay=None, debias=False):
+        """The averages (float32) and all else of the model, named as in the bare state_dict().
+
+        debias takes the initial weights out. Names have no "module." of DistributedDataParallel and
+        no "_orig_mod." of torch.compile; under FSDP2 averages are DTensors, as the model's are.
+        """
+        state, averages = self._live(), {}
+        for p, average in self._averages(decay, debias):
+            if local(p) is not p:
+                like = {"shape": p.shape, "stride": p.stride()}
+                average = p.from_local(average, p.device_mesh, p.placements, **like)
+            averages[id(p)] = average
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                average = averages.get(id(value))
+                state[name] = value.detach().clone() if average is None else average
+        return state
+
+    @torch.no_grad()
+    def _write(self, values):
+        """Copies (parameter or buffer, its new value) into the model."""
+        bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
+        for value, new in values:
+            local(value).copy_(new)
+        torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
+
+    @contextlib.contextmanager
+    def applied(self, decay=None, debias=False):
+        """Inside, the model has the averages; after, also after an exception, its own weights.
+
+        Buffers are restored as well; train() and eval() mode stay as they are.
+        """
+        if self._inside:
+            raise RuntimeError("applied() inside applied(): the model already holds averages")
+        self._live()
+        values = [*self._parameters.values(), *self.model.buffers()]
+        own = [(value, local(value).detach().clone()) for value in values]
+        self._inside = True
+        try:
+            self._write(self._averages(decay, debias))
+            yield self.model
+        finally:
+            self._write(own)
+            self._inside = False
+
+    def init_share(self, decay=None):
+        """The weight that an average gives to the initial weights at the present step."""
+        decay = self._tracked[0] if decay is None else parse_decay(decay)
+        return 1 - reach(decay, self.step, self.step)[-1].item()
+
+    def state_dict(self):
+        """All that an uninterrupted run knows: numbers, texts and CPU tensors, of own shards."""
+        tables = {name: table.to("cpu", copy=True) for name, table in self._tables.items()}
+        return {"step": self.step, "layout": self._layout, "tables": tables}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Goes on from a saved state; ValueError, and nothing changed, where it does not fit."""
+        ours, saved = self._layout, state.get("layout", {})
+        for key in {**ours, **saved}:
+            if ours.get(key) != saved.get(key):
+                raise ValueError(f"{key}: {saved.get(key)} in the state, {ours.get(key)} here")
+        for name, table in self._tables.items():
+            table.copy_(state["tables"][name])
+        self.step = state["step"]
+
+
+LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 15) for rung in range(16))  # 1 - decay: 0.1 to 5e-5
+
+
+@contextlib.contextmanager
+def full_precision(device):
+    """Products inside are of float32, also under autocast and where a script allows TF32."""
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    found = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, precision in zip(switches, found):
+            follows = precision == torch.backends.fp32_precision  # the switch for all products
+            switch.fp32_precision = "none" if follows else precision
+
+
+class EMABank(EMA):
+    """Averages for many decays at the price of one, and for any decay afterwards.
+
+    As `EMA`, but the steps of a block are kept, and one product folds them into all averages.
+
+    ladder  constant decays that are averaged as well, so that every decay and schedule between
+            them can be read out, wrong by at most `error_bound`; None for none
+    block   steps that are folded at once: a longer one rounds less often and is faster
+
+    Memory: K + block + 2 float32 copies, K counting the ladder. Needs torch 2.9 or later.
+    """
+
+    def __init__(self, model, decays=0.999, ladder=LADDER, block=16, device=None):
+        if block < 1 or any(not 0 < rung < 1 for rung in ladder or ()):
+            raise ValueError("block is at least 1, and a ladder's decays lie between 0 and 1")
+        self.block, self.ladder = block, [parse_decay(rung) for rung in ladder or ()]
+        self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
+        super().__init__(model, decays, device)
+        self._table[1] = self._table[0]
+        cached = 32768 if self._table.device.type == "cpu" else 262144
+        self._chunks = self._table.split(cached, dim=1)  # what is folded at once fits the cache
+        self._scratch = torch.empty_like(self._table[1:, :cached])
+        self._path = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
+
+    def _take(self, n):
+        """Keeps step n; at the end of a block d = (1 - r_n) d + r_n (θ_b - θ_0) + Σ_j r_j δ."""
+        rows = [views[1 + n] for views in self._views]
+        torch._foreach_copy_(rows, [local(p) for p in self._parameters.values()])
+        if n < self.block:
+            return
+        reaches = torch.stack([reach(decay, self.step, n) for decay in self._tracked])  # [K, n + 1]
+        share = reaches[:, n:]  # [K, 1] r_n
+        mix = torch.cat([share, reaches[:, 1:].flip(1)], dim=1)  # [K, n + 1], oldest step first
+        # Under a steady drift d rounds the same way at every fold, and over a long horizon the bias
+        # adds up. A wobble of r_n, of mean zero, makes it pass: 9.9e-6 becomes 1.5e-6.
+        wobble = 2**-21 * (self.step / n * 0.6180339887 % 1 - 0.5) * (1 - share)
+        share = share - wobble.clamp(-share / 2, share / 2)
+        mix, share = (mix / share).to(self._table), share.to(self._table)
+        with full_precision(self._table.device):
+            for chunk in self._chunks:
+                moves, mean = self._scratch[:, : chunk.shape[1]].split([n + 1, len(mix)])
+                torch.sub(chunk[1 : n + 2], chunk[: n + 1], out=moves)  # θ_b - θ_0, δ_1 … δ_n
+                steps = moves[1:].reshape(-1)
+                self._path += torch.dot(steps, steps)
+                torch.mm(mix, moves, out=mean)
+                chunk[n + 2 :].lerp_(mean, share)
+        self._table[1] = self._table[n + 1]
+
+    def _fit(self, decay):
+        """A decay as a mixture: of the tracked ones [K], of the last steps [block]; and ‖R‖.
+
+        The mixture Σ a_k d_k misses d by Σ R_n δ_{t+1-n} with R = r - Σ a_k r_k, so the a_k
+        minimise ‖R‖, and ‖error‖ <= ‖R‖ (Σ ‖δ_t‖²)^½.
+        """
+        mixture = torch.zeros(len(self._tracked), dtype=torch.float64, device="cpu")
+        latest, t = mixture.new_zeros(self.block), self.step
+        if decay in self._tracked:
+            mixture[self._tracked.index(decay)] = 1
+            return mixture, latest, 0.0
+        rungs = sorted(map(float, self.ladder))
+        now = log_decays(decay, mixture.new_tensor([max(t, 1)])).exp().item()
+        if not rungs or not rungs[0] <= now <= rungs[-1]:
+            between = [f"{rungs[0]:.6g} to {rungs[-1]:.6g}"] if rungs else []
+            raise ValueError(f"decay {decay} ({now:.6g} at step {t}) is not there; there are "
+                             + ", ".join([*self.decays, *between]))
+        # The last weights are at hand and take up R within `window` steps: the fit sees what is
+        # before. θ_0 is one more row, r = 0. The ridge keeps the rows' rounding small.
+        window = min(self.block, t)
+        used = [k for k, row in enumerate(self._tracked) if row in self.ladder]
+        rows = [1 - reach(self._tracked[k], t, t) for k in used]
+        rows = torch.stack([*rows, torch.ones_like(rows[0])])  # [rungs + 1, t + 1]
+        target, past = 1 - reach(decay, t, t), rows[:, window:]
+        ridge = 1e-12 * rows.square().sum(1).diag()
+        fit = torch.linalg.solve(past @ past.T + ridge, past @ target[window:])
+        error = target - fit @ rows  # [t + 1]
+        mixture[used] = fit[:-1]
+        latest[:window] = -torch.nn.functional.pad(error[:window], (0, 1)).diff()
+        return mixture, latest, error[window:].norm().item()
+
+    def _coefficients(self, decay):
+        mixture, latest, _ = self._fit(decay)
+        n = self.step % self.block
+        reaches = torch.stack([reach(tracked, self.step, n) for tracked in self._tracked])
+        latest[:n] += mixture @ reaches.diff()  # θ of j steps back: r_{j+1} - r_j
+        row = mixture.new_zeros(len(self._table))
+        row[[2 + (self.step - 1 - j) % self.block for j in range(self.block)]] = latest
+        row[0], row[self.block + 2 :] = -latest.sum(), mixture * (1 - reaches[:, n])
+        return row
 
     @torch.no_grad()
     def error_bound(self, decay):
-        """Bound on the Euclidean error that reading out an untracked decay adds; 0.0 if tracked.
+        """Bound on the Euclidean error that reading an untracked decay adds; 0.0 if it is tracked.
 
-        ‖R‖ (Σ_t ‖θ_t - θ_{t-1}‖²)^½, plus the float32 rounding that the mixture passes
-        on (taken as 2^-20 of each row). The cast of the result comes on top, as for any decay.
-        For a debiased read-out divide by 1 - init_share.
+        ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of a row for the rounding that the mixture passes on, of
+        this process's shards. For a debiased average divide by r_t = 1 - init_share.
         """
         mixture, _, misfit = self._fit(parse_decay(decay))
         if not misfit:
             return 0.0
-        pending = zip(self._recent[1:][: self._pending], self._recent)
-        moves = (later - earlier for later, earlier in pending)
-        rows = [torch.linalg.vector_norm(row, dtype=torch.float64).square()
-                for part in (self._bank, moves) for row in part]  # singly, to save memory
-        path = self._path + sum(rows[len(self._bank) :])
-        path, *rows = self._sum(torch.stack([path, *rows[: len(self._bank)]])).sqrt().tolist()
-        rounding = sum(abs(a) * row for a, row in zip(mixture.tolist(), rows)) * 2**-20
-        return misfit * path * (1 + 1e-3) + rounding  # the path was summed in float32
-
-    @contextlib.contextmanager
-    def applied(self, decay, debias=False):
-        """Inside, the model has the averaged weights; after, its own again, with its buffers."""
-        if self._swapped:
-            raise RuntimeError("applied() inside applied(): the model already holds averages")
-        averages = self._averages(decay, debias)
-        own = {id(v): (v, v.data, v.data.clone()) for v in self._live().values()}
-        modules = bare_model(self.model).modules()
-        tables = [table for module in modules for table in (module._parameters, module._buffers)]
-        bound = [(table, dict(table)) for table in tables]
-        self._swapped = True
-        try:
-            with torch.no_grad():
-                for parameter in self._parameters:
-                    parameter.copy_(averages[id(parameter)])
-            torch.clear_autocast_cache()  # or an autocast around this would go on with its copies
-            yield self.model
-        finally:
-            self._swapped = False
-            for table, before in bound:
-                table.update(before)  # forward() may have bound buffers to other tensors
-            with torch.no_grad():
-                for value, data, before in own.values():
-                    value.data = data  # .half() may have put another in its place
-                    if id(value) in averages:
-                        value.copy_(before)  # not into `data`: autograd has to see it
-                    else:
-                        with contextlib.suppress(RuntimeError):  # an expanded one: none wrote it
-                            data.copy_(before)
-            torch.clear_autocast_cache()
-
-    @torch.no_grad()
-    def card(self, decay, batch_size=None):
-        """What a decay means at the present step, as plain numbers.
-
-        decay β_t; horizon 1 / (1 - β_t); half_life_steps ln 2 / -ln β_t, half_life_images if
-        batch_size is given; with w the normalised weights of θ_1 … θ_t: sigma_rel, the standard
-        deviation of their age over t, and effective_steps 1 / Σ w²; init_share; stalls_in_place:
-        e += (1 - β_t) (θ_t - e) in float32 would leave most elements as they are.
-        """
-        spec = parse_decay(decay)
-        survival = self._survival(spec)
-        steps = max(len(survival) - 1, 1)
-        rate = decay_rates(spec, torch.tensor(steps, dtype=torch.float64))
-        share, age = -survival.diff(), torch.arange(len(survival) - 1, dtype=torch.float64)
-        share /= share.sum()
-        variance = (share @ age.square() - (share @ age).square()).clamp(min=0)
-        average, latest = self._read(spec, False).float(), self._recent[self._pending]
-        apart = average != latest
-        stuck = apart & (average + rate.item() * (latest - average) == average)
-        stuck, apart = self._sum(torch.stack([stuck.sum(), apart.sum()])).tolist()
-        half_life = (math.log(2) / -torch.log1p(-rate)).item()
-        return {
-            "decay": 1 - rate.item(),
-            "horizon": 1 / rate.item(),
-            "half_life_steps": half_life,
-            **({"half_life_images": half_life * batch_size} if batch_size else {}),
-            "sigma_rel": variance.sqrt().item() / steps,
-            "effective_steps": 1 / share.square().sum().item() if len(share) else 0.0,
-            "init_share": survival[-1].item(),
-            "stalls_in_place": stuck > apart / 2,
-        }
+        pending = self._table[1 : 2 + self.step % self.block].diff(dim=0)
+        path = (self._path + pending.double().square().sum()).sqrt().item()
+        norms = torch.linalg.vector_norm(self._d, dim=1, dtype=torch.float64).cpu()
+        return misfit * path * (1 + 1e-3) + 2**-20 * (mixture.abs() @ norms).item()
 
     def state_dict(self):
-        """All that an uninterrupted run knows: CPU tensors, numbers, texts, containers of them."""
-        if self._swapped:
-            raise RuntimeError("state_dict() inside applied(): the model holds averaged weights")
+        return {**super().state_dict(), "path": self._path.item()}
 
-        def whole(rows):  # on the CPU, row by row: a GPU may not have room for the bank twice
-            table = torch.empty(len(rows), self._total, dtype=torch.float32, device="cpu")
-            for to, row in zip(table, rows):
-                to.copy_(self._gather(row))
-            return table
-
-        return {
-            "step": self.step,
-            "decays": list(self.decays),
-            "ladder": [float(decay) for decay in self._ladder],
-            "block": self.block,
-            "pending": self._pending,
-            "loaded": dict(self._loaded),
-            "shapes": {name: list(shape) for name, shape in self._shapes.items()},
-            "path": self._sum(self._path.clone()).item(),
-            "initial": whole([self._initial.index_copy(0, self._infinite, self._kept)])[0],  # [P]
-            "bank": whole(self._bank),  # [K, P]
-            "recent": whole(self._recent),  # [block + 1, P]
-        }
-
-    @torch.no_grad()
     def load_state_dict(self, state):
-        """Goes on from a saved state, with its decays, ladder and block.
-
-        ValueError, and nothing changed, if it is no whole state, if the parameters differ, or if a
-        decay asked for here is not in it.
-        """
-        if self._swapped:
-            raise RuntimeError("load_state_dict() inside applied(): the model holds averages")
-        needed = ("step", "decays", "ladder", "block", "pending", "loaded", "shapes", "path",
-                  "initial", "bank", "recent")
-        if missing := [key for key in needed if key not in state]:
-            raise ValueError(f"not the state of an EMA: it lacks {', '.join(missing)}")
-        self._bind()
-        self._match({name: tuple(shape) for name, shape in state["shapes"].items()}, "the state")
-        has = [*state["decays"], *map(parse_decay, state["ladder"])]
-        if missing := [spec for spec in self.decays if spec not in has]:
-            raise ValueError(f"the state has no decay {missing[0]}; it has {', '.join(has)}")
-        tables = [tuple(state[name].shape) for name in ("initial", "bank", "recent")]
-        expected = [(), (len({*has}),), (state["block"] + 1,)]
-        if tables != [(*rows, self._total) for rows in expected]:
-            raise ValueError(f"the state does not fit together: its tables are {tables}")
-        device = self._bank.device  # it may not have room for the old bank beside the new one
-        del self._bank, self._stored, self._initial, self._recent, self._chunks, self._views
-        EMA.__init__(self, self.model, state["decays"], state["ladder"], state["block"], device)
-        self.step, self._pending = state["step"], state["pending"]
-        self._loaded = dict(state["loaded"])
-        sizes = [math.prod(shape) for shape in state["shapes"].values()]
-        order = torch.arange(self._total, device="cpu")  # whatever the default device is
-        places = dict(zip(state["shapes"], order.split(sizes)))
-        columns = torch.cat([places[name] for name in self._shapes])[self._slice]
-        for name in ("initial", "bank", "recent"):
-            getattr(self, f"_{name}").copy_(state[name].cpu()[..., columns])
-        self._set_aside()
-        self._path.fill_(state["path"] if self._rank == 0 else 0.0)
-
-    def __getstate__(self):
-        if self._swapped:
-            raise RuntimeError("copied inside applied(): the model holds averaged weights")
-        # Views would be torn from the tables that they view.
-        cut = {"_initial", "_recent", "_squares", "_chunks", "_cuts", "_views"}
-        return {name: value for name, value in vars(self).items() if name not in cut}
-
-    def __setstate__(self, state):
-        vars(self).update(state)
-        if self._world > 1 and (self._rank, self._world) != self._place():
-            raise RuntimeError(f"pickled by rank {self._rank} of {self._world}, which has its own "
-                               "slice only: save state_dict() instead")
-        self._cut()
-
-    @torch.no_grad()
-    def load_average(self, decay, state_dict, step):
-        """Starts a tracked decay from averages (name -> tensor) saved elsewhere at `step`.
-
-        Its schedule goes on at `step`. The initial weights behind it are unknown: this row cannot
-        be debiased, and read-outs of other decays leave it out.
-        """
-        spec = parse_decay(decay)
-        if spec not in self._rows:
-            raise ValueError(f"decay {spec} is not tracked; tracked: {', '.join(self._rows)}")
-        if step < 0 or step != int(step):
-            raise ValueError(f"step is {step}; allowed is a whole number from 0")
-        self._bind()
-        live = self._live()
-        given = {name if name in live else name.removeprefix("module."): value
-                 for name, value in ((bare_name(n), value) for n, value in state_dict.items())}
-        names, found = dict(zip(map(id, self._parameters), self._shapes)), {}
-        for name, value in live.items():
-            if name in given:
-                found[names.get(id(value))] = given.pop(name)
-        found.pop(None, None)  # the buffers
-        shapes = {k: tuple(getattr(v, "shape", ())) for k, v in {**given, **found}.items()}
-        self._match(shapes, "the average to load")
-        parts = [torch.as_tensor(found[name]).reshape(-1) for name in self._shapes]
-        moved = torch.cat([part.to(self._initial) for part in parts])[self._slice] - self._initial
-        self._bank[self._rows.index(spec)] = moved.index_fill_(0, self._infinite, 0)
-        self._loaded[spec] = [self.step, int(step)]
+        super().load_state_dict(state)
+        self._path.fill_(state["path"])
 
 
 # ==================================================================================================
@@ -1828,7 +1604,7 @@ def spread(row, metric):
 def horizon(row):
     """1 / (1 - decay) in steps, at the row's step; raw is decay 0."""
     t = torch.tensor([float(row["step"])], dtype=torch.float64)
-    return 1 / decay_rates(row["decay"] or "0", t).item()
+    return 1 / -log_decays(row["decay"] or "0", t).expm1().item()
 
 
 def print_table(rows):
@@ -1871,19 +1647,6 @@ def print_convergence(last):
         print(f"{name:18} {loss:14.5g} {'-' if wobble is None else f'{wobble:.2g}':>17} "
               f"{'-' if reached is None else reached:>20} {apart.get('init', ''):>13.5} "
               f"{apart.get('raw', ''):>9.5}")
-
-
-def print_cards(args, ema):
-    """What each decay means at the present step, and how exact it is if it was not tracked."""
-    for decay in args.decay:
-        card = ema.card(decay, args.batch_size)
-        print(f"{decay} at step {ema.step}: averages {card['effective_steps']:,.0f} steps, horizon "
-              f"{card['horizon']:,.0f}, half-life {card['half_life_steps']:,.0f} steps or "
-              f"{card['half_life_images']:,.0f} images, sigma_rel {card['sigma_rel']:.3f}, "
-              f"init share {card['init_share']:.2g}; averaging in place in float32 would "
-              + ("have stalled" if card["stalls_in_place"] else "not have stalled")
-              + f"; read out of the ladder, wrong by at most {ema.error_bound(decay):.1g} "
-              f"in Euclidean norm" * (ema.error_bound(decay) > 0))
 
 
 # ==================================================================================================
@@ -2507,7 +2270,7 @@ def print_configuration(args, data, held_out, model, network, diffusion, start):
           f"training   {args.steps:,} steps of {args.batch_size} images, {args.objective} on the "
           f"{args.schedule} schedule, Adam {args.lr:g}, seed {args.seed}")
     for decay in args.decay:
-        rates = decay_rates(decay, steps)
+        rates = -log_decays(decay, steps).expm1()
         print(f"EMA        {decay}: horizon {1 / rates[-1].item():,.0f} steps, init share at the "
               f"end {torch.log1p(-rates).sum().exp().item():.2g}")
     if args.auto:
@@ -2567,7 +2330,7 @@ def main(argv=None):
 
         diffusion = Diffusion(args.schedule, args.objective)
         optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-        ema = EMA(model, args.tracked)
+        ema = EMABank(model, args.tracked)
         held_out_loss(network, diffusion, held_out, num_images=1)  # do the shapes fit?
         if args.features:
             load_features(args, data)  # does it fit?
@@ -2581,7 +2344,7 @@ def main(argv=None):
             step, running = checkpoint["step"], checkpoint["running"].to(data.device)
             for part, name in ((model, "model"), (optimizer, "optimizer"), (ema, "ema")):
                 part.load_state_dict(checkpoint[name])
-        probe = EMA(nn.Linear(1, 1), args.tracked)
+        probe = EMABank(nn.Linear(1, 1), args.tracked)
         for probe.step in args.stage_steps:
             for decay in args.decay:
                 try:
@@ -2619,7 +2382,6 @@ def main(argv=None):
         plot_sweep(rows, held_out_rows, title, args.out / "sweep.png")
     if not (args.out / "modes.png").exists():
         plot_modes(rows, title, args.out / "modes.png")
-    print_cards(args, ema)
     if log:  # somebody may have deleted it
         print_convergence(log[-1])
     print_choices(args, held_out_rows)

@@ -489,7 +489,7 @@ def parse_arguments(arguments):
             name = name.replace("_", "-")
             parser.error(f"--{name}: not a whole number from {low} to {high}")
     try:
-        understood = EMA(torch.nn.Linear(1, 1), options.decay.split(","), ladder=None).decays
+        understood = EMA(torch.nn.Linear(1, 1), options.decay.split(",")).decays
         options.decay = list(dict.fromkeys(understood))
         if torch.device(options.device).type not in ("cpu", "cuda"):
             raise ValueError(f"--device {options.device}: give cpu, cuda or cuda:1")
@@ -525,7 +525,7 @@ def main(arguments=None):
     options, start = parse_arguments(arguments), time.perf_counter()
     decays, seeds = options.decay, range(options.seed, options.seed + options.seeds)
     stages = [options.steps // 8, options.steps // 4, options.steps // 2, options.steps]
-    rehearsal = EMA(torch.nn.Linear(1, 1), decays, ladder=None)
+    rehearsal = EMA(torch.nn.Linear(1, 1), decays)
     rehearsal.step = options.steps
     shares = (f"{decay}: {rehearsal.init_share(decay):.2g}" for decay in decays)
     report("  ".join(f"{key.replace('_', '-')} {value}" for key, value in vars(options).items()))
@@ -533,7 +533,7 @@ def main(arguments=None):
 
     model = Denoiser(seeds, options.depth, options.hidden).to(options.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99), fused=True)
-    ema = EMA(model, decays, ladder=None)
+    ema = EMA(model, decays)
     truth, noise = sample_tree(seeds, 2**40, NUM_SAMPLES)  # no training step's streams
     starts = SIGMAS[0] * noise[..., :2].to(options.device)
     ticks = SIGMAS[0] * torch.linspace(-2, 2, 12)
