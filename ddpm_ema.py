@@ -694,24 +694,19 @@ class UNet(nn.Module):
 # ==================================================================================================
 
 import argparse
+import contextlib  # noqa: F811
 import copy
 import csv
 import functools
 import gzip
-import hashlib
-import http.client
 import json
 import os
-import signal
 import string
-import struct
 import sys
 import tarfile
 import time
-import urllib.request
-import zipfile
-import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib
@@ -719,18 +714,17 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from torch import distributed
 
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # from the most to the least frequent
 
-DOWNLOADS = {  # name: (address, {file: md5})
+DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
-        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432"}),
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546f", "train-labels-idx1-ubyte.gz": "3552534a0a558bbe"}),
     "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
-        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe"}),
+        "train-images-idx3-ubyte.gz": "3aede38d61863908", "train-labels-idx1-ubyte.gz": "a04f17134ac03560"}),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
-        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"}),
+        "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"}),
 }
 
 
@@ -738,60 +732,41 @@ class Dataset:
     """Images with, where known, the mode of each.
 
     images   [N, C, H, W], uint8 of any picture or float32 of any latent or representation
-    labels   [N] int64, or None
-    names    what each label stands for
+    labels   [N] int64, or None; names says what each stands for
     x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats to mean 0 and standard
              deviation 1 in each channel
     bound    the largest |x0|, for samplers to clip at
+    turns    without labels, the quarter turns that a classifier is to tell apart
     """
 
     def __init__(self, images, labels=None, names=None):
-        images = torch.from_numpy(np.ascontiguousarray(images))
-        if images.dim() != 4 or 0 in images.shape:
+        self.images = images = torch.from_numpy(np.ascontiguousarray(images))
+        if images.dim() != 4 or 0 in images.shape or len(images) < 20:
             raise ValueError(f"images have shape {list(images.shape)}; needed is [N, C, H, W] or "
-                             "[N, H, W, C], none of them 0")
-        if len(images) < 20:
-            raise ValueError(f"{len(images)} images are too few to train on; 20 is the least")
-        if images.dtype == torch.uint8:
-            self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)
-            self.bound = 1.0
-        else:
-            images = images.float()
+                             "[N, H, W, C] with at least 20 images")
+        self.is_pictures, self.bound = images.dtype == torch.uint8, 1.0
+        self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)
+        if not self.is_pictures:
+            self.images = images = images.float()
             if not images.isfinite().all():
                 raise ValueError("the data hold NaN or infinite values; all must be finite")
             mean = images.mean(dim=(0, 2, 3), dtype=torch.float64)  # exact for a constant channel
             self.shift = mean.float()[:, None, None]  # [C, 1, 1]
             self.scale = images.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
             self.bound = ((images - self.shift) / self.scale).abs().max().item()
+        self.turns = [0, 1, 2, 3] if images.shape[2] == images.shape[3] else [0, 2]
+        self.labels, self.names, self.num_classes = None, None, len(self.turns)
         if labels is not None:
             labels = np.asarray(labels)
             if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
                 raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
                                  f"integer for each of the {len(images)} images")
             values, labels = np.unique(labels, return_inverse=True)
-            labels = torch.from_numpy(labels)
-            names = [str(v) if names is None else names[v] for v in values]
-        self.images, self.labels, self.names = images, labels, names
+            self.labels, self.num_classes = torch.from_numpy(labels), len(values)
+            self.names = [str(v) if names is None else names[v] for v in values]
 
     def __len__(self):
         return len(self.images)
-
-    @property
-    def device(self):
-        return self.images.device
-
-    @property
-    def is_pictures(self):
-        return self.images.dtype == torch.uint8
-
-    @property
-    def turns(self):
-        """Quarter turns that leave the shape as it is: the classes of data without labels."""
-        return [0, 1, 2, 3] if self.images.shape[2] == self.images.shape[3] else [0, 2]
-
-    @property
-    def num_classes(self):
-        return len(self.turns) if self.labels is None else len(self.names)
 
     def x0(self, index):
         x0 = (self.images[index].float() - self.shift) / self.scale  # [B, C, H, W]
@@ -801,11 +776,16 @@ class Dataset:
         """What x0 becomes when it is stored as an image: floats stay as they are."""
         return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
 
+    def batches(self, count):
+        """Yields x0 [<=256, C, H, W] of the first `count` images."""
+        for index in torch.arange(min(count, len(self)), device=self.images.device).split(256):
+            yield self.x0(index)
+
     def split(self):
         """(training, held-out): a fifth of the images, at most 4,096, the same in every run."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        parts = []
-        for index in (order[min(len(self) // 5, 4096):], order[:min(len(self) // 5, 4096)]):
+        parts, count = [], min(len(self) // 5, 4096)
+        for index in (order[count:], order[:count]):
             part = copy.copy(self)  # shift and scale stay those of all images
             part.images = self.images[index]
             part.labels = None if self.labels is None else self.labels[index]
@@ -813,10 +793,11 @@ class Dataset:
         return parts
 
     def to(self, device):
-        for name in ("images", "labels", "shift", "scale"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else value.to(device))
-        return self
+        """A copy on the device."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(other, name, value.to(device) if torch.is_tensor(value) else value)
+        return other
 
 
 def draw_glyphs(num_images, seed=0):
@@ -863,51 +844,41 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def download(address, path, md5):
-    """Fetch a file to `path`, going on where an earlier attempt stopped; OSError on any failure."""
-    if path.exists():
-        if hashlib.md5(path.read_bytes()).hexdigest() == md5:
-            return
-        path.unlink()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
+def stop(message):
+    """Ends the program with one line and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Any failure inside ends the program with one line; DDPM_EMA_DEBUG=1 shows where it was."""
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            have = have if reply.status == 206 else 0  # a server that ignores Range starts anew
-            total = have + int(reply.headers.get("Content-Length", 0))
-            with open(part, "ab" if have else "wb") as file:
-                while chunk := reply.read(1 << 20):
-                    have += file.write(chunk)
-                    show(f"downloading {path.name}: {have / 1e6:.1f} of {total / 1e6:.1f} MB",
-                         keep=have == total)
-    except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) == 416:  # more is here than there
-            part.unlink()
-        raise OSError(f"download of {address} failed ({error}); the same command continues it, "
-                      f"or put the file at {path}") from error
-    if have < total:
-        raise OSError(f"{address} broke off at {have} of {total} bytes; the same command "
-                      "continues it")
-    if hashlib.md5(part.read_bytes()).hexdigest() != md5:
-        part.unlink()
-        raise OSError(f"{address} does not have the expected MD5 {md5}; deleted, try again")
-    part.replace(path)
+        yield
+    except Exception as error:
+        if os.environ.get("DDPM_EMA_DEBUG") == "1":
+            raise
+        stop(f"{what}: {error or type(error).__name__}")
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Any failure to read the file becomes a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:  # the readers fail in many ways
+        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
 
 
 def read_idx(path):
-    """An array from a file of the MNIST format, gzipped or not."""
-    data = path.read_bytes()
-    try:
+    """An array of unsigned bytes from a file of the MNIST format, gzipped or not."""
+    with naming(path):
+        data = path.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        shape = struct.unpack_from(f">{data[3]}I", data, 4)
-        array = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
-    except (OSError, EOFError, zlib.error, IndexError, struct.error, ValueError):
-        array = None
-    if array is None or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not a whole idx file of unsigned bytes")
-    return array
+        if data[:3] != b"\0\0\x08":
+            raise ValueError("not an idx file of unsigned bytes")
+        shape = np.frombuffer(data, ">u4", data[3], 4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 def read_idx_folder(files):
@@ -920,8 +891,7 @@ def read_idx_folder(files):
         twins = [path.with_name(twin), path.with_name(f"{twin}.gz")]
         labels += [read_idx(file) for file in twins if file.exists()][:1]
     if len({a.shape[1:] for a in images}) > 1 or images[0].ndim != 3:
-        raise ValueError(f"{files[0].parent}: image files of unequal or unknown size: "
-                         f"{sorted({a.shape for a in images})}")
+        raise ValueError(f"image files of unequal or unknown size: {[a.shape for a in images]}")
     return np.concatenate(images)[:, None], np.concatenate(labels) if labels else None, None
 
 
@@ -929,10 +899,8 @@ def read_image_folder(folder, files):
     """Images of one size; the classes are the sub-folders, where there are any."""
     images = []
     for path in files:
-        try:
+        with naming(path):
             image = matplotlib.image.imread(path)  # [H, W] or [H, W, C]; floats from PNG
-        except Exception as error:  # the readers fail in many ways
-            raise ValueError(f"{path} is not a readable image: {error}") from error
         if image.dtype.kind == "f":
             image = (image * 255).round()
         elif image.dtype == np.uint16:
@@ -940,8 +908,8 @@ def read_image_folder(folder, files):
         image = image.astype(np.uint8).reshape(*image.shape[:2], -1)
         images.append(image[:, :, :1 if image.shape[2] == 2 else 3])  # no transparency
         if image.shape[:2] != images[0].shape[:2]:
-            raise ValueError(f"{path} is {image.shape[1]}x{image.shape[0]}, {files[0]} is "
-                             f"{images[0].shape[1]}x{images[0].shape[0]}; all must have one size")
+            raise ValueError(f"{path} has height and width {image.shape[:2]}, {files[0]} has "
+                             f"{images[0].shape[:2]}; all must have one size")
     channels = max(i.shape[2] for i in images)  # a grey image among colour images becomes colour
     images = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
     classes = [str(f.parent.relative_to(folder)) for f in files]
@@ -952,59 +920,54 @@ def read_image_folder(folder, files):
 
 def read_npz(path):
     """`images` [N, C, H, W] or [N, H, W, C], told apart by the two equal sizes or the least one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in ("images", "labels") if k in file}
-        images = arrays["images"]
-    except (OSError, EOFError, KeyError, TypeError, ValueError, zlib.error,
-            zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an .npz file with an array `images`") from error
-    if images.dtype.kind in "iu" and (not images.size or images.min() >= 0 and images.max() <= 255):
+    with naming(path), np.load(path, allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"] if "labels" in file else None
+    if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() <= 255:
         images = images.astype(np.uint8)
-    elif images.dtype.kind == "f":
-        images = images.astype(np.float32)
-    else:
-        raise ValueError(f"{path}: images are {images.dtype}; allowed are integers from 0 to 255 "
-                         "and floats")
+    elif images.dtype.kind != "f":
+        raise ValueError(f"images are {images.dtype}; allowed are integers from 0 to 255, floats")
     if images.ndim == 4:
-        _, a, b, c = images.shape  # of [a, b, c] the equal two are height and width
+        _, a, b, c = images.shape
         if a == b != c or (b != c and c < a):
             images = images.transpose(0, 3, 1, 2)
-    return images, arrays.get("labels"), None
+    return images, labels, None
+
+
+def download(name):
+    """The folder that holds a data set of DOWNLOADS, fetched where it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", name)
+    cache.mkdir(parents=True, exist_ok=True)
+    address, files = DOWNLOADS[name]
+    for file, digest in files.items():
+        if not (cache / file).exists():
+            with naming(address + file):
+                torch.hub.download_url_to_file(address + file, str(cache / file), digest)
+    return cache
 
 
 def load_data(source):
-    """The Dataset behind --data; ValueError or OSError with one clear line where there is none."""
-    path = Path(source or "nothing")
+    """The Dataset behind --data."""
     if source == "glyphs":
         return Dataset(*draw_glyphs(24_096), names=list(GLYPHS))
-    if source in DOWNLOADS:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", source)
-        address, files = DOWNLOADS[source]
-        for name, md5 in files.items():
-            download(address + name, cache / name, md5)
-        if source == "cifar10":
-            with tarfile.open(cache / "cifar-10-binary.tar.gz") as tar:
-                batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
-                           for i in range(1, 6)]
-            records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
-            return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
-        path = cache
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file())
-        pictures = dict.fromkeys(f for f in files if f.suffix.lower() in (
-            ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"))
-        idx = {str(f).removesuffix(".gz"): f for f in files if "idx3" in f.name and
-               f.suffix != ".part" and f not in pictures}.values()  # of a gzipped twin only one
-        if not idx and not pictures:
-            raise ValueError(f"{path} holds neither idx files nor images")
-        if idx:
-            return Dataset(*read_idx_folder(list(idx)))
-        return Dataset(*read_image_folder(path, list(pictures)))
-    if path.is_file() and path.suffix == ".npz":
+    path = download(source) if source in DOWNLOADS else Path(source)
+    if source == "cifar10":
+        with tarfile.open(path / "cifar-10-binary.tar.gz") as tar:
+            batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
+                       for i in range(1, 6)]
+        records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
+        return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
+    if path.suffix == ".npz":
         return Dataset(*read_npz(path))
-    raise ValueError(f"{source} is no data; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder "
-                     "of idx files or of images, and an .npz file")
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
+    pictures = [f for f in files if f.suffix.lower() in (
+        ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")]
+    idx = {str(f).removesuffix(".gz"): f for f in files if "idx3" in f.name and f not in pictures}
+    if idx:  # of a gzipped twin only one
+        return Dataset(*read_idx_folder(list(idx.values())))
+    if pictures:
+        return Dataset(*read_image_folder(path, pictures))
+    raise ValueError(f"no data there; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder of idx "
+                     "files or of images, and an .npz file")
 
 
 # ==================================================================================================
@@ -1032,40 +995,31 @@ class Classifier(nn.Module):
         return features, self.logits(features).softmax(1)
 
 
-@torch.enable_grad()
-def train_classifier(net, data, held_out, num_steps=500, batch_size=128):
-    """Train it on data; return its accuracy on held_out. The same for every seed and method.
+def train_classifier(data, num_steps=500, batch_size=128):
+    """A Classifier of the data, the same for every seed and method.
 
     Classes are drawn equally often, so that rare ones are read as well as frequent ones. Where
     there are no labels it learns by how many quarter turns an image was rotated.
     """
-    def batch(data, index):
-        x0 = data.x0(index)
-        if data.labels is not None:
-            return x0, data.labels[index]
-        label = torch.arange(len(index), device=data.device) % len(data.turns)
-        return torch.stack([x.rot90(data.turns[k], (1, 2)) for x, k in zip(x0, label)]), label
-
     torch.manual_seed(0)
-    for layer in net.modules():
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    weight = torch.ones(len(data))
+    net, weight = Classifier(data.images.shape[1], data.num_classes), torch.ones(len(data))
     if data.labels is not None:
-        weight = 1 / data.labels.cpu().bincount()[data.labels.cpu()]
+        weight = 1 / data.labels.bincount()[data.labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
-    for index in order.to(data.device).split(batch_size):
-        x0, label = batch(data, index)
+    for index in order.split(batch_size):
+        x0 = data.x0(index)  # [B, C, H, W]
+        if data.labels is None:
+            label = torch.arange(batch_size) % len(data.turns)
+            x0 = torch.stack([x.rot90(data.turns[k], (1, 2)) for x, k in zip(x0, label)])
+        else:
+            label = data.labels[index]
         optimizer.zero_grad()
         F.cross_entropy(net.logits(net.features(x0)), label).backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad():
-        correct = [net(x0)[1].argmax(1) == label for x0, label in (
-            batch(held_out, i) for i in torch.arange(len(held_out), device=data.device).split(512))]
-    return torch.cat(correct).double().mean().item()
+    return net.eval()
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -1083,11 +1037,13 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     return ((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * cross).item()
 
 
-def moments(features):
-    """Mean [D] and covariance [D, D] of features [N, D], float64, a few thousand rows at a time."""
-    mean = sum(f.double().sum(0) for f in features.split(4096)) / len(features)
-    square = sum((f := chunk.double() - mean).T @ f for chunk in features.split(4096))
-    return mean, square / max(len(features) - 1, 1)
+def moments(features, counts):
+    """Mean [D] and covariance [D, D], float64, of features [N, D] that count [N] times each."""
+    parts = list(zip(features.split(4096), counts.split(4096)))
+    total = counts.sum()
+    mean = sum(count @ part.double() for part, count in parts) / total
+    square = sum((d := part.double() - mean).T @ (d * count[:, None]) for part, count in parts)
+    return mean, square / (total - 1).clamp(min=1)
 
 
 def manifold_share(features, reference, k=3):
@@ -1111,67 +1067,159 @@ def measure(features, probs, real, num_bootstrap=20):
     """Every metric of samples with features [N, D] and class probabilities [N, K], and its spread.
 
     `real` holds what they are compared with: `moments`, `features` [M, D] and, where the modes
-    are known, their true `shares` [K]. Spreads are standard deviations over bootstrap resamples.
+    are known, their true `shares` [K]. A spread, NAME_sd, is a standard deviation over bootstrap
+    resamples; a resample is how often it drew each row, so that every metric is a weighted sum.
 
     fd             Fréchet distance            is    Inception Score, exp E KL(p(y|x) | p(y))
     precision      share of samples within the manifold of the real features; recall: the reverse
     With known modes also
     tail_share     mass on the rarer half of the modes over its true mass
     covered_modes  modes with more than a quarter of their true share
-    tv             total variation between the shares of the modes, sampled and true
     legible        share of images whose mode is read with probability above 0.9
+    modes          mass of each mode over its true mass: a list, without a spread
     """
-    modes, confident = probs.argmax(1), (probs.amax(1) > 0.9).double()
+    true, n, m = real["shares"], len(features), len(real["features"])
+    p, confident = probs.double(), (probs.amax(1) > 0.9).double()
+    plogp = (p * p.clamp(min=1e-12).log()).sum(1)  # [N]
+    hits = F.one_hot(probs.argmax(1), probs.shape[1]).double()  # [N, K]
     precise = manifold_share(features, real["features"]).double()
     recalled = manifold_share(real["features"], features).double()
 
-    def metrics(i, j):
-        p = probs[i].double()
-        entropy = (p * (p.clamp(min=1e-12).log() - p.mean(0).clamp(min=1e-12).log())).sum(1)
-        out = {"fd": frechet_distance(*moments(features[i]), *real["moments"]),
-               "is": entropy.mean().exp().item(),
-               "precision": precise[i].mean().item(), "recall": recalled[j].mean().item()}
-        if (true := real["shares"]) is not None:
-            share = modes[i].bincount(minlength=len(true)).double() / len(i)
+    def metrics(drawn, drawn_real):
+        mean = drawn @ p / n  # [K]
+        entropy = (drawn @ plogp / n - mean @ mean.clamp(min=1e-12).log()).item()
+        out = {"fd": frechet_distance(*moments(features, drawn), *real["moments"]),
+               "is": math.exp(entropy), "precision": (drawn @ precise / n).item(),
+               "recall": (drawn_real @ recalled / m).item()}
+        if true is not None:
+            share = drawn @ hits / n  # [K]
             rare = true.argsort(descending=True)[len(true) // 2:]
             out |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
                     "covered_modes": (share > true / 4).sum().item(),
-                    "tv": ((share - true).abs().sum() / 2).item(),
-                    "legible": confident[i].mean().item()}
+                    "legible": (drawn @ confident / n).item()}
         return out
 
-    n, m, device = len(features), len(recalled), features.device
-    row = metrics(torch.arange(n, device=device), torch.arange(m, device=device))
-    generator = torch.Generator(device).manual_seed(0)
-    draws = [metrics(*(torch.randint(size, (size,), device=device, generator=generator)
-                       for size in (n, m))) for _ in range(num_bootstrap)]
-    return row | {f"{k}_sd": np.std([d[k] for d in draws], ddof=1).item() for k in row}
+    generator = torch.Generator(features.device).manual_seed(0)
+    draws = [metrics(*(torch.randint(size, (size,), device=features.device, generator=generator)
+                       .bincount(minlength=size).double() for size in (n, m)))
+             for _ in range(num_bootstrap)]
+    row = metrics(*(torch.ones(size, dtype=torch.float64, device=features.device)
+                    for size in (n, m)))
+    row |= {f"{name}_sd": np.std([draw[name] for draw in draws], ddof=1).item() for name in row}
+    return row if true is None else row | {"modes": (hits.mean(0) / true).tolist()}
 
 
 # ==================================================================================================
-# Training
+# Rows
+# ==================================================================================================
+# A row is a dict of what is known of one set of weights at one step: plain typed values. It says
+# whose weights: `name` is raw, real, "0.99" or "0.99 debiased", and `samples` how they were used,
+# "2048 by dpm++ in 24 steps" or "" in the log. (step, name, samples) is its key. Rows are stored in
+# metrics.jsonl and nowhere else, and are all that tables, pictures and reports see.
+
+BETTER = {  # 1: lower is better, -1: higher, 0: nearer to 1
+    "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
+    "covered_modes": -1, "legible": -1, "held_out_loss": 1}
+
+
+HELD_OUT = "512 held-out images"  # `samples` of the rows that --decay auto chooses from
+CANDIDATES = (  # and their decays: the ladder's range, in round numbers
+    "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
+    "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
+
+
+def key_of(row):
+    return row["step"], row["name"], row["samples"]
+
+
+def read_rows(folder):
+    """{key: row} of metrics.jsonl; the last line of a key counts, a torn line does not."""
+    rows, path = {}, folder / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            rows[key_of(row)] = row
+    return rows
+
+
+def cost(row, metric):
+    """A metric turned so that lower is better; what is not known comes last."""
+    value = row.get(metric)
+    if value is None or math.isnan(value):
+        return math.inf
+    return BETTER[metric] * value if BETTER[metric] else abs(value - 1)
+
+
+def best(rows, metric):
+    return min(rows, key=lambda row: cost(row, metric))
+
+
+def chosen(rows, step):
+    """The row of the average that has the lowest held-out loss at a step; None if none is known."""
+    rows = [row for row in rows if row["step"] == step and row["samples"] == HELD_OUT
+            and row["decay"] in CANDIDATES]
+    return best(rows, "held_out_loss") if rows else None
+
+
+def clearly(better, worse, metric):
+    """Whether their difference exceeds the root of the summed squares of the two spreads."""
+    spread = math.hypot(better.get(f"{metric}_sd", 0), worse.get(f"{metric}_sd", 0))
+    return cost(worse, metric) - cost(better, metric) > spread
+
+
+def known(rows):
+    """The metrics that are in any of the rows."""
+    return [metric for metric in BETTER if any(metric in row for row in rows)]
+
+
+def cell(row, metric):
+    """20.4 ± 1.6: as many digits as the spread is worth; "-" where nothing is known."""
+    value, spread = row.get(metric), row.get(f"{metric}_sd")
+    if value is None:
+        return "-"
+    if not spread or not math.isfinite(spread):
+        return f"{value:.3g}"
+    digits = math.floor(math.log10(spread))
+    digits = max(0, -digits + (spread < 2 * 10**digits))
+    return f"{value:.{digits}f} ± {spread:.{digits}f}"
+def print_table(header, lines, keys=2):
+    """Prints texts as Markdown, at most 120 columns wide: what does not fit goes on in another
+    table below, with the first `keys` columns again.
+    """
+    widths = [max(3, *map(len, column)) for column in zip(header, *lines)]
+    tables = [[*range(keys)]]
+    for i in range(keys, len(header)):
+        if sum(widths[j] + 3 for j in (*tables[-1], i)) >= 120:
+            tables.append([*range(keys)])
+        tables[-1].append(i)
+    for table in tables:
+        print()
+        for line in (header, ["-" * width for width in widths], *lines):
+            print("| " + " | ".join(line[i].ljust(widths[i]) for i in table) + " |")
+
+
+def print_rows(rows):
+    """The table of the metrics, the best of a step in bold."""
+    metrics, lines = known(rows), []
+    for row in rows:
+        line = [str(row["step"]), row["name"],
+                f"{row['horizon']:,.0f}" if "horizon" in row else "-",
+                f"{row['init_share']:.2g}" if "init_share" in row else "-"]
+        peers = [r for r in rows if r["step"] == row["step"] and r["name"] != "real"]
+        for metric in metrics:
+            first = row["name"] != "real" and cost(row, metric) == cost(best(peers, metric), metric)
+            line.append(f"**{cell(row, metric)}**" if first else cell(row, metric))
+        lines.append(line)
+    print_table(["step", "weights", "horizon", "init share",
+                 *(metric.replace("_", " ") for metric in metrics)], lines)
+
+
+# ==================================================================================================
+# The run
 # ==================================================================================================
 
-class Weights(NamedTuple):
-    """One row of every table: `kind` is raw, ema or real; decay is "" but for ema."""
-
-    kind: str
-    decay: str = ""
-    debias: bool = False
-
-    def __str__(self):
-        return (self.decay or self.kind) + (" debiased" if self.debias else "")
-
-    def on(self, ema):
-        """The model has these weights inside the with block."""
-        if self.kind == "ema":
-            return ema.applied(self.decay, self.debias)
-        return contextlib.nullcontext()
-
-
-def raw_and_ema(decays):
-    averages = [Weights("ema", decay, debias) for decay in decays for debias in (False, True)]
-    return [Weights("raw"), *averages]
+SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
+PARTS = ("model", "optimizer", "ema", "classifier")  # of a Run, with a state_dict
 
 
 def seed_of(purpose, seed, index=0):
@@ -1180,1217 +1228,907 @@ def seed_of(purpose, seed, index=0):
     return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
 
 
+def join_processes():
+    """(rank, number of processes, device): a GPU where there is one; torchrun starts several."""
+    rank, world, index = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def gathered(values):
+    """The values of all processes in one list, on each of them."""
+    if not distributed.is_initialized():
+        return values
+    parts = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
 def load_checkpoint(path, mmap=False):
     with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if {"args", "step", "model", "optimizer", "ema", "running"} == set(checkpoint):
+        if {"settings", "step", "running", "classifier", "ema"} <= set(checkpoint):
             return checkpoint
-    raise ValueError(f"{path} is not a checkpoint of this program; delete it or choose another "
+    raise ValueError(f"{path} is not a checkpoint of this program; delete it, or choose another "
                      "--out")
 
 
-def stage_path(out, step, last_step):
-    return out / ("checkpoint.pt" if step == last_step else f"checkpoint-{step}.pt")
+def saved_steps(folder, mmap=True):
+    """{step: path} of the checkpoints of a run: of its stages, and of where it was interrupted."""
+    paths = {int(path.stem[11:]): path for path in folder.glob("checkpoint-*.pt")
+             if path.stem[11:].isdigit()}
+    last = folder / "checkpoint.pt"
+    return paths | ({load_checkpoint(last, mmap)["step"]: last} if last.exists() else {})
 
 
-def read_log(out):
-    """The lines of metrics.jsonl; one that an interruption tore is left out."""
-    lines, path = [], out / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "held_out_loss" in line]
-
-
-@torch.no_grad()
-def held_out_loss(network, diffusion, data, num_images=128):
-    """Mean loss on fixed images, noise and times spread evenly over 0..T-1, equal in all rows."""
-    x0 = data.x0(torch.arange(min(num_images, len(data)), device=data.device))
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
-    t = torch.linspace(0, diffusion.num_steps - 1, len(x0), device=x0.device).round().long()
-    parts = zip(*(part.split(128) for part in (x0, t, eps)))
-    return torch.cat([diffusion.loss(network, *part) for part in parts]).mean().item()
-
-
-def flatten(model):
-    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])  # [P]
-
-
-def trajectory(displacements, size=64):
-    """Where raw and averaged weights are: of name -> θ - θ_0 [P], distances and a sketch.
-
-    distance[a]["init"] and, for every name b before a, distance[a][b] are Euclidean norms.
-    sketch[a] [size] is a fixed random linear map of the displacement (a count sketch, Charikar et
-    al. 2002) that keeps distances to about 1 / (2 size)^½, 9%; trajectories are projected from it.
-    """
-    names, points = list(displacements), torch.stack([*displacements.values()])  # [n, P]
-    signs = 2 * torch.randint(2, points.shape[1:], generator=torch.Generator().manual_seed(0)) - 1
-    folded = F.pad(points * signs.to(points), (0, -points.shape[1] % size))
-    sketch = folded.view(len(names), -1, size).sum(1)  # [n, size]
-    distance = {}
-    for i, name in enumerate(names):
-        norms = [points[i].norm(), *((points[i] - other).norm() for other in points[:i])]
-        distance[name] = {n: significant(v.item()) for n, v in zip(["init", *names], norms)}
-    return {"distance": distance,
-            "sketch": {n: [*map(significant, row)] for n, row in zip(names, sketch.tolist())}}
-
-
-def significant(value):
-    """Six digits: what float32 holds, and short lines."""
-    return float(f"{value:.6g}")
-
-
-def convergence(lines):
-    """Of the log so far: the held-out losses' spread, and when each reached what raw has now.
-
-    held_out_sd: standard deviation over the last quarter of the steps, about a straight line, so
-    that a loss that still falls does not count as one that wobbles; None of fewer than 3 lines.
-    reached: the first step of the log whose loss is not above raw's mean over that quarter.
-    """
-    quarter = [x for x in lines if x["step"] >= 0.75 * lines[-1]["step"]]
-    level = np.mean([x["held_out_loss"]["raw"] for x in quarter])
-    steps, wobble, reached = np.array([float(x["step"]) for x in quarter]), {}, {}
-    for name in lines[-1]["held_out_loss"]:
-        losses, wobble[name] = np.array([x["held_out_loss"][name] for x in quarter]), None
-        if len(quarter) > 2:
-            wobble[name] = np.std(losses - np.polyval(np.polyfit(steps, losses, 1), steps)).item()
-        reached[name] = next((x["step"] for x in lines if x["held_out_loss"][name] <= level), None)
-    return {"held_out_sd": wobble, "reached": reached}
-
-
-@contextlib.contextmanager
-def catching_signals():
-    """Gives a list that Ctrl-C and SIGTERM fill, for the loop to stop between two steps."""
-    caught = []
-    handlers = {number: signal.signal(number, lambda number, _: caught.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def train(args, start, running, signals, model, origin, network, diffusion, ema, optimizer, data,
-          held_out):
-    """The loop: first log and save, then train, so that the last step is no special case.
-
-    Everything random is a function of (seed, step), so a run that was interrupted ends with the
-    same bits as one that was not. `signals` is empty until one of them asks to save and stop.
-    `running` [3]: loss, gradient norm and their count since the last line of the log; they are
-    read off the device only there. `origin` [P] are the initial weights.
-    """
-    # At step 0 they may be those of another run, whose checkpoint somebody deleted.
-    log = [line for line in read_log(args.out) if start and line["step"] <= start]
-    with replacing(args.out / "metrics.jsonl") as path:
-        path.write_text("".join(json.dumps(line) + "\n" for line in log))
-    logged = {line["step"] for line in log}
-    tick, tick_step = time.perf_counter(), start
-
-    for step in range(start, args.steps + 1):
-        if step not in logged and (step % args.log_every == 0 or step == args.steps):
-            loss, norm, count = running.tolist()
-            if not math.isfinite(loss + norm):
-                sys.exit(f"training diverged before step {step}; a lower --lr may help")
-            if step % args.log_every == 0:  # a run that is trained on later has the same means
-                running.zero_()
-            seconds = time.perf_counter() - tick
-            speed = (step - tick_step) * args.batch_size / seconds if step > start else None
-            model.eval()
-            losses, displacements = {}, {}
-            for weights in raw_and_ema(args.tracked):
-                with weights.on(ema):
-                    losses[str(weights)] = held_out_loss(network, diffusion, held_out)
-                    if not weights.debias:
-                        displacements[str(weights)] = flatten(model) - origin
-            model.train()
-            line = {"step": step, "loss": loss / count if count else None,
-                    "images_per_second": speed, "grad_norm": norm / count if count else None,
-                    "held_out_loss": losses}
-            regular = [x for x in log if x["step"] % args.log_every == 0]
-            line |= convergence([*regular, line]) | trajectory(displacements)
-            log.append(line)
-            with open(args.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if speed:
-                minutes = (args.steps - step) * args.batch_size / speed / 60
-                show(f"step {step}/{args.steps}  loss {loss / count:.4f}  {speed:.0f} images/s  "
-                     f"{minutes:.1f} min left", keep=not sys.stdout.isatty() or step == args.steps)
-            tick, tick_step = time.perf_counter(), step
-        if step in (args.steps, *args.stage_steps) or step % args.save_every == 0 or signals:
-            state = {"args": args.saved, "step": step, "model": model.state_dict(),
-                     "optimizer": optimizer.state_dict(), "ema": ema.state_dict(),
-                     "running": running}
-            paths = [args.out / "checkpoint.pt"]  # what an interrupted run goes on from
-            if step in args.stage_steps and step < args.steps and not signals:
-                paths.append(stage_path(args.out, step, args.steps))
-            for path in paths:
-                with replacing(path) as temporary:
-                    torch.save(state, temporary)
-        if signals or step == args.steps:
-            break
-
-        torch.manual_seed(seed_of("train", args.seed, step))
-        index = torch.randint(len(data), (args.batch_size,), device=data.device)  # [B]
-        t = torch.randint(diffusion.num_steps, (args.batch_size,), device=data.device)  # [B]
-        x0 = data.x0(index)  # [B, C, H, W]
-        if args.flip:
-            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=x0.device) < 0.5, x0, x0.flip(3))
-        eps = torch.randn_like(x0)
-        for micro in zip(*(part.chunk(args.accumulate) for part in (x0, t, eps))):
-            loss = diffusion.loss(network, *micro).sum() / args.batch_size
-            loss.backward()
-            running[0] += loss.detach()
-        running[1] += torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        running[2] += 1
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / args.warmup)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update()
-
-    if signals:
-        show(f"stopped at step {step} of {args.steps}; the same command goes on from here")
-        sys.exit(130)
-
-
-# ==================================================================================================
-# Evaluation
-# ==================================================================================================
-
-METRICS = {  # 1: lower is better, -1: higher, 0: nearer to 1
-    "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
-    "covered_modes": -1, "tv": 1, "legible": -1, "held_out_loss": 1}
-CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
-    "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
-    "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
-SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
-
-
-@torch.no_grad()
-def draw_samples(args, network, diffusion, data, num_images):
-    """Yields x0 [<=256, C, H, W] until there are num_images; all weights get the same noise."""
-    for first in range(0, num_images, 256):
-        generator = torch.Generator(data.device).manual_seed(seed_of("sample", args.seed, first))
-        shape = min(256, num_images - first), *data.images.shape[1:]
-        noise = torch.randn(shape, generator=generator, device=data.device)
-        noise = noise.contiguous(memory_format=torch.channels_last)
-        for _, _, x0 in diffusion.sample(network, noise, args.sample_steps, generator=generator,
-                                         clip=data.bound, **SAMPLERS[args.sampler]):
-            pass
-        yield data.round(x0)
-
-
-def load_classifier(args, data, held_out):
-    """The run's classifier. It stays in the folder, so that all rows have the same features."""
-    classifier = Classifier(data.images.shape[1], data.num_classes)
-    path = args.out / "classifier.pt"
-    if not path.exists():  # trained on the CPU: there two runs come to the same one
-        show("training the classifier whose features the metrics use", keep=False)
-        accuracy = train_classifier(classifier, *(copy.copy(d).to("cpu") for d in (data, held_out)))
-        show(f"classifier: {accuracy:.1%} of held-out images read correctly")
-        with replacing(path) as temporary:
-            torch.save(classifier.state_dict(), temporary)
-    with contextlib.suppress(Exception):  # as in load_checkpoint
-        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return classifier.to(data.device).eval()
-    raise ValueError(f"{path} is not the classifier of this run; delete it or choose another --out")
-
-
-def load_features(args, data):
+def load_features(file, data):
     """The network in --features: a function x0 [B, C, H, W] -> features [B, D].
 
-    It is TorchScript and takes uint8 [B, 3, H, W]. ValueError, in one line, if it does not fit.
+    It is TorchScript and takes uint8 [B, 3, H, W]. ValueError if it does not fit.
     """
     if not (data.is_pictures and data.images.shape[1] in (1, 3)):
-        raise ValueError("--features takes pictures with 1 or 3 channels, no other data")
-    try:
-        network = torch.jit.load(args.features, map_location=data.device).eval()
-        wants = "return_features" in {a.name for a in network.forward.schema.arguments}
-    except (RuntimeError, ValueError, AttributeError):
-        raise ValueError(f"--features {args.features} is not a TorchScript file with a "
-                         "forward()") from None
+        raise ValueError("it takes pictures with 1 or 3 channels, no other data")
+    network = torch.jit.load(file, map_location=data.images.device).eval()
+    wants = "return_features" in {a.name for a in network.forward.schema.arguments}
 
     @torch.no_grad()
     def features_of(x0):
         images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
         return (network(images, return_features=True) if wants else network(images)).float()
 
-    made = "an error"
-    with contextlib.suppress(Exception):  # whatever FILE holds
-        features = features_of(data.x0(torch.arange(2, device=data.device)))
-        made = list(features.shape) if features.isfinite().all() else "NaN"
-    if len(made) != 2 or made[0] != 2:
-        raise ValueError(f"--features {args.features} makes {made} of two images, "
-                         "uint8 [2, 3, H, W]; needed is [2, D]")
+    made = features_of(next(data.batches(2)))
+    if made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
+        raise ValueError(f"it makes {list(made.shape)} of two images; needed are finite [2, D]")
     return features_of
 
 
-ROW_KEY = ("step", "weights", "decay", "debias")
-RESULT_KEY = (*ROW_KEY, "sampler", "sample_steps", "num_samples", "features")
+def flatten(model):
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])  # [P]
 
 
-def weights_of(row):
-    return Weights(row["weights"], row["decay"], row["debias"] == "1")
+def sketch(moved, size=64):
+    """A fixed random linear map of θ - θ_0 [P] to [size], to six digits.
 
-
-def read_rows(path, key=RESULT_KEY):
-    """The rows of a table, all values text; ValueError if it is not ours."""
-    if not path.exists():
-        return []
-    with open(path, newline="", errors="replace") as file:
-        reader = csv.DictReader(file)
-        try:
-            names, rows = reader.fieldnames or (), list(reader)
-        except csv.Error:
-            names = ()
-    if not set(key) <= set(names):
-        raise ValueError(f"{path} is not a table of this program; choose another --out")
-    return rows
-
-
-def write_rows(path, rows):
-    names = [m for m in METRICS if any(row.get(m) not in (None, "") for row in rows)]
-    columns = [*ROW_KEY, "init_share", *names, *(f"{n}_sd" for n in names), *RESULT_KEY[4:]]
-    columns += dict.fromkeys(name for row in rows for name in row if name.startswith("mode_"))
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        known = [name for name in columns if any(name in row for row in rows)]
-        writer = csv.DictWriter(file, known, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def load_stage(args, step, model, ema):
-    model.eval()
-    if ema.step != step:
-        checkpoint = load_checkpoint(stage_path(args.out, step, args.steps))
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-
-
-@torch.no_grad()
-def rate_decays(args, model, network, diffusion, ema, held_out):
-    """The rows of held_out.csv: at every stage the losses of raw, CANDIDATES and --decay.
-
-    Averages of decays that were not tracked come out of the ladder; only the losses cost time.
+    A count sketch (Charikar et al. 2002): it keeps distances to about 1 / (2 size)^½, 9%, so that
+    trajectories of the weights can be drawn from it.
     """
-    path = args.out / "held_out.csv"
-    rows = read_rows(path, ROW_KEY)
-    done = {(row["step"], weights_of(row)) for row in rows}
-    for step in args.stage_steps:
-        missing = [weights for weights in raw_and_ema(dict.fromkeys([*CANDIDATES, *args.decay]))
-                   if (str(step), weights) not in done]
-        if missing:
-            load_stage(args, step, model, ema)
-        for number, weights in enumerate(missing, 1):
-            show(f"held-out loss at step {step}: {number} of {len(missing)}", keep=False)
-            with weights.on(ema):
-                loss = held_out_loss(network, diffusion, held_out, num_images=512)
-            share = ema.init_share(weights.decay) if weights.decay else ""
-            key = dict(zip(ROW_KEY, (str(step), *weights[:2], str(int(weights.debias)))))
-            rows.append(key | {"init_share": str(share), "held_out_loss": str(loss)})
-        if missing:
-            write_rows(path, rows)
-            show(f"held-out loss at step {step}: {len(missing)} rows", not sys.stdout.isatty())
-    return rows
+    signs = 2 * torch.randint(2, moved.shape, generator=torch.Generator().manual_seed(0)) - 1
+    folded = F.pad(moved * signs.to(moved), (0, -len(moved) % size)).view(-1, size).sum(0)
+    return [float(f"{value:.6g}") for value in folded.tolist()]
 
 
-def choose(held_out, step):
-    """The candidates at a step, rows of `rate_decays`, from the lowest held-out loss up."""
-    rows = [row for row in held_out if row["step"] == str(step) and row["decay"] in CANDIDATES]
-    return sorted(rows, key=functools.partial(cost, metric="held_out_loss"))
+def stability(rows, raw):
+    """How the held-out loss of the log's rows settled, beside that of the raw weights.
+
+    wobble: its standard deviation over the last quarter of the steps about a straight line, so
+    that a loss that still falls does not count as one that wobbles; None of fewer than 3 rows.
+    reached: the first step at which it was not above raw's mean over that quarter.
+    """
+    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
+    level = np.mean([row["held_out_loss"] for row in raw if row["step"] >= late[0]["step"]])
+    steps, losses = np.array([(float(row["step"]), row["held_out_loss"]) for row in late]).T
+    line = np.polyfit(steps, losses, 1) if len(late) > 2 else None
+    return {"wobble": None if line is None else np.std(losses - np.polyval(line, steps)).item(),
+            "reached": next((r["step"] for r in rows if r["held_out_loss"] <= level), None)}
 
 
-def stage_weights(args, step, held_out):
-    """What is evaluated at a stage, besides real."""
-    chosen = [weights_of(choose(held_out, step)[0])] if args.auto else []
-    return list(dict.fromkeys([*raw_and_ema(args.decay), *chosen]))
+class Run:
+    """One training run and all that belongs to it; its rows are what leaves it.
 
+    settings   what the flags and the preset say, see SETTINGS and PRESETS
+    saved      {step: path} of its checkpoints; one holds all of the run but its rows
+    rows       {key: row}, what metrics.jsonl holds
 
-def missing_rows(args, held_out):
-    """(step, Weights, key) of the rows that results.csv does not hold yet, stage after stage."""
-    done = {tuple(row[k] for k in RESULT_KEY) for row in read_rows(args.out / "results.csv")}
-    rows = [(step, weights, tuple(map(str, (
-                step, weights.kind, weights.decay, int(weights.debias), args.sampler,
-                args.sample_steps, args.num_samples, args.features))))
-            for step in args.stage_steps
-            for weights in (Weights("real"), *stage_weights(args, step, held_out))]
-    return [row for row in rows if row[2] not in done]
+    Under torchrun every process has the same weights, averages and rows; it trains on its share of
+    each batch and evaluates its share of the rows. Rank 0 writes.
+    """
 
+    def __init__(self, settings):
+        self.settings, self.out, self.step = settings, Path(settings.out), 0
+        self.rank, self.world, self.device = join_processes()
+        with explained(f"--data {settings.data}"):
+            data, held_out = load_data(settings.data).split()
+        channels = data.images.shape[1]
+        settings.data_shape = [len(data), *data.images.shape[1:], data.num_classes]
+        self.data, self.held_out = data.to(self.device), held_out.to(self.device)
+        torch.manual_seed(seed_of("init", settings.seed))
+        self.model = UNet(channels, **settings.network)
+        self.model.to(self.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
+        self.parallel = self.model if self.world == 1 else (
+            nn.parallel.DistributedDataParallel(self.model))
+        self.diffusion = Diffusion(settings.schedule, settings.objective)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, fused=True)
+        self.ema, self.initial = EMABank(self.model, settings.tracked), flatten(self.model)
+        self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
+        self.held_out_loss(1)  # do the shapes fit?
+        self.samples = f"{settings.num_samples} by {settings.sampler} in {settings.sample_steps} steps"
+        self.features_of = None
+        if settings.features:
+            self.samples += f", features {settings.features}"
+            with explained(f"--features {settings.features}"):
+                self.features_of = load_features(settings.features, self.data)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.rows, self.saved = read_rows(self.out), saved_steps(self.out)
+        if self.saved or self.rank:
+            self.classifier = Classifier(channels, data.num_classes)
+        else:  # on the CPU: there two runs come to the same one
+            show("training the classifier whose features the metrics use", keep=False)
+            self.classifier = train_classifier(data)
+        if self.saved:
+            self.load(max(self.saved))
+        self.classifier.load_state_dict(gathered([self.classifier.state_dict()])[0])
+        self.classifier.to(self.device).eval()
+        self.check_decays()
 
-@torch.no_grad()
-def evaluate(args, missing, model, network, diffusion, ema, data, held_out):
-    """Measure the missing rows; each is in results.csv as soon as it is known."""
-    rows = read_rows(args.out / "results.csv")
-    classifier = load_classifier(args, data, held_out)
-    other_features = load_features(args, data) if args.features else None
+    def check_decays(self):
+        """ValueError where a decay can't be read at a stage: it is not tracked, nor in the ladder."""
+        probe = EMABank(nn.Linear(1, 1), self.settings.tracked)
+        for probe.step in self.settings.stage_steps:
+            for decay in self.settings.decay:
+                try:
+                    probe.error_bound(decay)
+                except ValueError as error:
+                    raise ValueError(f"{error}; a run with another --out can track it") from None
 
-    def features_of(batches, what):
+    # Training -------------------------------------------------------------------------------------
+
+    def network(self, x, t):
+        """The model, in bfloat16 on a GPU; gradients are averaged over the processes."""
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            return (self.parallel if torch.is_grad_enabled() else self.model)(x, t)
+
+    def train_step(self):
+        """One step of Adam; all that is random in it is a function of (seed, step)."""
+        s, device = self.settings, self.device
+        torch.manual_seed(seed_of("train", s.seed, self.step))
+        index = torch.randint(len(self.data), (s.batch_size,), device=device)  # [B]
+        t = torch.randint(self.diffusion.num_steps, (s.batch_size,), device=device)  # [B]
+        x0 = self.data.x0(index)  # [B, C, H, W]
+        if s.flip:
+            x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0, x0.flip(3))
+        eps = torch.randn_like(x0)
+        share = (part.tensor_split(self.world)[self.rank] for part in (x0, t, eps))
+        loss = self.diffusion.loss(self.network, *share).sum() / s.batch_size
+        (loss * self.world).backward()  # the processes' gradients are averaged, not summed
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        rate = s.lr * min(1, (self.step + 1) / s.warmup)
+        if s.cooldown:
+            rate *= min(1, (s.steps - self.step) / (s.cooldown * s.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update()
+        loss = loss.detach()
+        if self.world > 1:
+            distributed.all_reduce(loss)
+        self.running += torch.stack([loss, norm, torch.ones_like(norm)])
+        self.step += 1
+
+    def train(self, until):
+        """Trains to step `until`, or loads what an earlier call kept of that stage.
+
+        First log and save, then one step, so that the last step is no special case.
+        """
+        s = self.settings
+        latest = max((step for step in self.saved if step <= until), default=0)
+        if latest > self.step or self.step > until:
+            self.load(latest)
+        self.model.train()
+        self.since = time.perf_counter(), self.step
+        while True:
+            logs = self.step % s.log_every == 0 or self.step == s.steps
+            saves = self.step % s.save_every == 0 or self.step == until
+            if (logs or saves) and not self.running.isfinite().all():
+                stop(f"training diverged before step {self.step}; a lower --lr may help")
+            if logs:
+                self.log()
+            if saves:
+                self.save(stage=self.step == until)
+            if self.step == until:
+                return
+            self.train_step()
+
+    @torch.no_grad()
+    def log(self):
+        """Adds the rows of the log, unless an interrupted call has done so."""
+        s = self.settings
+        loss, norm, count = self.running.tolist()
+        if self.step % s.log_every == 0:  # so that a run that is trained on has the same means
+            self.running.zero_()
+        if (self.step, "raw", "") in self.rows:
+            return
+        seconds, steps = time.perf_counter() - self.since[0], self.step - self.since[1]
+        self.model.eval()
+        for name in self.names(self.ema.decays):
+            with self.weights(name):
+                row = self.row(name, held_out_loss=self.held_out_loss(128))
+                moved = flatten(self.model) - self.initial
+            rows = [r for r in self.rows.values() if r["samples"] == "" and r["name"] == name
+                    and r["step"] < self.step and r["step"] % s.log_every == 0] + [row]
+            if name == "raw":
+                raw_moved, raw_rows = moved, rows
+                row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
+            row |= {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
+                    "distance_raw": (moved - raw_moved).norm().item()}
+            self.add(row | stability(rows, raw_rows))
+        self.model.train()
+        if steps:
+            left = (s.steps - self.step) * seconds / steps / 60
+            show(f"step {self.step}/{s.steps}  loss {loss / count:.4f}  "
+                 f"{steps * s.batch_size / seconds:.0f} images/s  {left:.1f} min left",
+                 keep=not sys.stdout.isatty() or self.step == s.steps)
+        self.since = time.perf_counter(), self.step
+
+    def save(self, stage):
+        path = self.out / (f"checkpoint-{self.step}.pt" if stage else "checkpoint.pt")
+        if self.saved.get(self.step) == path:
+            return
+        state = {name: getattr(self, name).state_dict() for name in PARTS}
+        state |= {"step": self.step, "settings": vars(self.settings), "running": self.running}
+        if self.rank == 0:
+            with replacing(path) as temporary:
+                torch.save(state, temporary)
+            if stage:
+                (self.out / "checkpoint.pt").unlink(missing_ok=True)
+        self.saved = {step: other for step, other in self.saved.items() if other.stem[10:]}
+        self.saved[self.step] = path
+
+    def load(self, step):
+        state, ours = load_checkpoint(self.saved[step]), vars(self.settings)
+        for name in (*FIXED, "data_shape"):
+            if state["settings"][name] != ours[name]:
+                raise ValueError(f"{self.saved[step]} is of another run: {name} "
+                                 f"{state['settings'][name]} there, {ours[name]} here")
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        self.running.copy_(state["running"])
+        self.step = state["step"]
+
+    # Evaluation -----------------------------------------------------------------------------------
+
+    def names(self, decays):
+        """raw, and these averages: debiased as well where the initial weights weigh anything."""
+        names = ["raw"]
+        for decay in decays:
+            names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
+        return names
+
+    def weights(self, name):
+        """The model has these weights inside the with block."""
+        decay = name.removesuffix(" debiased")
+        if name in ("raw", "real"):
+            return contextlib.nullcontext()
+        return self.ema.applied(decay, debias=decay != name)
+
+    def row(self, name, samples="", **values):
+        """What a row always says: whose weights, and what their decay means at this step."""
+        decay = name.removesuffix(" debiased")
+        row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
+               "debiased": decay != name}
+        if name == "raw":
+            row["horizon"] = 1.0
+        elif name != "real":
+            log = log_decays(decay, torch.tensor([max(self.step, 1.0)], dtype=torch.float64)).item()
+            row |= {"init_share": self.ema.init_share(decay), "horizon": -1 / math.expm1(log),
+                    "half_life_images": -math.log(2) / log * self.settings.batch_size}
+        return row | values
+
+    def add(self, row):
+        self.rows[key_of(row)] = row
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    @torch.no_grad()
+    def held_out_loss(self, num_images):
+        """Mean loss on fixed images, noise and times spread evenly over 0..T-1, equal in all rows."""
+        x0 = torch.cat([*self.held_out.batches(num_images)])
+        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
+        t = torch.linspace(0, self.diffusion.num_steps - 1, len(x0), device=x0.device)
+        parts = zip(*(part.split(128) for part in (x0, t.round().long(), eps)))
+        return torch.cat([self.diffusion.loss(self.network, *part) for part in parts]).mean().item()
+
+    @torch.no_grad()
+    def draw(self, count):
+        """Yields x0 [<=256, C, H, W] until there are `count`; all weights get the same noise."""
+        s, device = self.settings, self.device
+        for first in range(0, count, 256):
+            generator = torch.Generator(device).manual_seed(seed_of("sample", s.seed, first))
+            shape = min(256, count - first), *self.data.images.shape[1:]
+            noise = torch.randn(shape, generator=generator, device=device)
+            noise = noise.contiguous(memory_format=torch.channels_last)
+            for _, _, x0 in self.diffusion.sample(
+                    self.network, noise, s.sample_steps, generator=generator,
+                    clip=self.data.bound, **SAMPLERS[s.sampler]):
+                pass
+            yield self.data.round(x0)
+
+    @torch.no_grad()
+    def features(self, batches, what):
+        """Features [N, D] and class probabilities [N, K] of batches of x0."""
         features, probs, count = [], [], 0
         for x0 in batches:
-            own, prob = classifier(x0)
-            features.append(other_features(x0) if other_features else own)
+            own, prob = self.classifier(x0)
+            features.append(self.features_of(x0) if self.features_of else own)
             probs.append(prob)
             count += len(x0)
-            show(f"{what}: {count} images", keep=False)
+            show(f"step {self.step}, {what}: {count} images", keep=False)
         return torch.cat(features), torch.cat(probs)
 
-    def stored(images, count):
-        for index in torch.arange(min(count, len(images)), device=data.device).split(256):
-            yield images.x0(index)
+    @functools.cached_property
+    def reference(self):
+        """What samples are compared with, see `measure`."""
+        count = self.settings.num_samples
+        features, _ = self.features(self.data.batches(max(count, 10_000)), "training images")
+        shares = None
+        if self.data.labels is not None:
+            labels = self.data.labels.bincount(minlength=self.data.num_classes)
+            shares = labels.double() / len(self.data)
+        weight = torch.ones(len(features), dtype=torch.float64, device=self.device)
+        return {"moments": moments(features, weight), "features": features[:count], "shares": shares}
 
-    features, _ = features_of(stored(data, max(args.num_samples, 10_000)), "training images")
-    shares = None
-    if data.labels is not None:
-        shares = data.labels.bincount(minlength=data.num_classes).double() / len(data)
-    real = {"moments": moments(features), "features": features[:args.num_samples], "shares": shares}
-    for number, (step, weights, key) in enumerate(missing, 1):
-        load_stage(args, step, model, ema)
-        what = f"evaluating {number} of {len(missing)}: step {step}, {weights}"
-        if weights.kind == "real" and len(held_out) < args.num_samples:
-            what += f", of which there are only {len(held_out)}"
-        share = ema.init_share(weights.decay) if weights.kind == "ema" else ""
-        row = dict(zip(RESULT_KEY, key)) | {"init_share": str(share)}
-        twin = [r for r in rows if all(r[k] == row[k] or k == "debias" for k in RESULT_KEY)]
-        if weights.debias and share < 2**-25 and twin:  # float32 holds no difference
-            row = twin[0] | row
-        else:
-            with weights.on(ema):
-                batches = (stored(held_out, args.num_samples) if weights.kind == "real" else
-                           draw_samples(args, network, diffusion, data, args.num_samples))
-                features, probs = features_of(batches, what)
-            metrics = measure(features, probs, real)
-            if args.features:
-                metrics = {k.replace("fd", "fid"): v for k, v in metrics.items()}
-            if shares is not None:  # how often each mode comes, over how often it should
-                often = probs.argmax(1).bincount(minlength=len(shares)) / len(probs) / shares
-                binomial = (often * (1 / shares - often) / len(probs)).clamp(min=0).sqrt()
-                for name, *values in zip(data.names, often.tolist(), binomial.tolist()):
-                    metrics |= dict(zip((f"mode_{name}", f"mode_{name}_sd"), values))
-            row |= {k: str(v) for k, v in metrics.items()}
-        rows.append(row)
-        write_rows(args.out / "results.csv", rows)
-        show(what, keep=not sys.stdout.isatty())
+    def rated(self, name):
+        with self.weights(name):
+            return self.row(name, HELD_OUT, held_out_loss=self.held_out_loss(512))
 
+    def measured(self, name):
+        count = self.settings.num_samples
+        with self.weights(name):
+            batches = self.held_out.batches(count) if name == "real" else self.draw(count)
+            metrics = measure(*self.features(batches, name), self.reference)
+        if self.features_of:
+            metrics = {metric.replace("fd", "fid"): value for metric, value in metrics.items()}
+        return self.row(name, self.samples, **metrics)
 
-def measured_rows(args):
-    """The rows of results.csv with these samplers, samples and features, step after step."""
-    settings = {k: str(getattr(args, k)) for k in RESULT_KEY[4:]}
-    rows = [row for row in read_rows(args.out / "results.csv") if settings.items() <= row.items()]
-    return begun(sorted(rows, key=lambda row: int(row["step"])))
+    def in_turn(self, what, names, samples, work):
+        """Adds work(name) for each name whose row is lacking, as many at once as are processes."""
+        names = [name for name in names if (self.step, name, samples) not in self.rows]
+        start = time.perf_counter()
+        for i in range(0, len(names), self.world):
+            for row in gathered([work(name) for name in names[i:i + self.world][self.rank:][:1]]):
+                self.add(row)
+            done = min(i + self.world, len(names))
+            left = (time.perf_counter() - start) / done * (len(names) - done) / 60
+            show(f"step {self.step}, {what}: {done} of {len(names)} rows, {left:.1f} min left",
+                 keep=done == len(names))
+        return names
 
+    def evaluate(self):
+        """Adds the rows that the table lacks at this step."""
+        s = self.settings
+        self.model.eval()
+        candidates = self.names(dict.fromkeys([*CANDIDATES, *s.decay]))
+        self.in_turn("held-out loss", candidates, HELD_OUT, self.rated)
+        names = ["real", *self.names(s.decay)]
+        if s.auto:
+            names.append(chosen(self.rows.values(), self.step)["name"])
+        names = list(dict.fromkeys(names))
+        lacked = self.in_turn("samples", names, self.samples, self.measured)
+        if self.rank == 0 and (lacked or not (self.out / "samples.png").exists()):
+            pictures = []
+            for name in names:
+                with self.weights(name):
+                    x0 = next(self.data.batches(16) if name == "real" else self.draw(16))
+                pictures.append((self.rows[self.step, name, self.samples], x0[:16].cpu()))
+            plot_samples(self.out / "samples.png", self.data, pictures)
 
-def begun(rows):
-    """Without the stages at which an interruption left no more than the real row."""
-    steps = {row["step"] for row in rows if row["weights"] == "raw"}
-    return [row for row in rows if row["step"] in steps]
+    def describe(self):
+        """What will run, and what follows from it."""
+        s, data = self.settings, self.data
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        modes = "no labels" if data.labels is None else f"{len(data.names)} modes"
+        print(f"data       {s.data}: {len(data):,} training and {len(self.held_out):,} held-out images "
+              f"{list(data.images.shape[1:])}, {modes}\n"
+              f"network    UNet, {millions:.2f} M parameters, on {self.world} x {self.device.type}\n"
+              f"training   {s.steps:,} steps of {s.batch_size} images, {s.objective} on the "
+              f"{s.schedule} schedule, Adam {s.lr:g}, seed {s.seed}")
+        for decay in s.decay:
+            log = log_decays(decay, torch.arange(1, s.steps + 1, dtype=torch.float64))
+            print(f"EMA        {decay}: horizon {-1 / math.expm1(log[-1]):,.0f} steps, half-life "
+                  f"{-math.log(2) / log[-1] * s.batch_size:,.0f} images, init share at the end "
+                  f"{log.sum().exp():.2g}")
+        print(f"evaluation {self.samples}, at steps {', '.join(map(str, s.stage_steps))}\n"
+              f"output     {self.out}", flush=True)
 
-
-def metrics_in(rows):
-    return [metric for metric in METRICS if any(row.get(metric) for row in rows)]
-
-
-def cost(row, metric):
-    """A metric turned so that lower is better; what is not a number comes last."""
-    value = float(row[metric])
-    value = METRICS[metric] * value if METRICS[metric] else abs(value - 1)
-    return math.inf if math.isnan(value) else value
-
-
-def spread(row, metric):
-    return float(row.get(f"{metric}_sd") or 0)
-
-
-def horizon(row):
-    """1 / (1 - decay) in steps, at the row's step; raw is decay 0."""
-    t = torch.tensor([float(row["step"])], dtype=torch.float64)
-    return 1 / -log_decays(row["decay"] or "0", t).expm1().item()
-
-
-def print_table(rows):
-    """Every value with its spread; * is the best of the step."""
-    names = metrics_in(rows)
-    print(f"\n{'step':>7}  {'weights':18} {'horizon':>9} {'init share':>10}"
-          + "".join(f"{n.replace('_', ' '):>17}" for n in names))
-    for row in rows:
-        peers = [r for r in rows if r["step"] == row["step"] and r["weights"] != "real"]
-        best = {n: row in peers and cost(row, n) == min(cost(r, n) for r in peers) for n in names}
-        horizon_text = share = "-"
-        if row["weights"] == "ema":
-            horizon_text, share = f"{horizon(row):,.0f}", f"{float(row['init_share']):.2g}"
-        values = "".join(f"{float(row[n]):8.3g}{' *'[best[n]]}±{spread(row, n):<7.1g}"
-                         for n in names)
-        print(f"{row['step']:>7}  {weights_of(row)!s:18} {horizon_text:>9} {share:>10}{values}")
-
-
-def print_choices(args, held_out):
-    """The decay of the lowest held-out loss at each stage, and its neighbours'."""
-    for step in args.stage_steps:
-        losses = {weights_of(row): float(row["held_out_loss"])
-                  for row in held_out if row["step"] == str(step)}
-        best = weights_of(choose(held_out, step)[0])
-        at = CANDIDATES.index(best.decay)
-        beside = [best._replace(decay=CANDIDATES[i]) for i in (at - 1, at + 1)
-                  if 0 <= i < len(CANDIDATES)]
-        print(f"held-out loss at step {step}: raw {losses[Weights('raw')]:.5g}; lowest "
-              f"{losses[best]:.5g} at {best}, beside it "
-              + ", ".join(f"{losses[w]:.5g} at {w}" for w in beside))
-
-
-def print_convergence(last):
-    """What the log's last line says of each average: its loss, how it wobbles, how soon it fell."""
-    print(f"\n{'weights':18} {'held-out loss':>14} {'sd, last quarter':>17} "
-          f"{'reaches raw at step':>20} {'from initial':>13} {'from raw':>9}")
-    for name, loss in last["held_out_loss"].items():
-        reached, apart = last["reached"][name], last["distance"].get(name, {})
-        wobble = last["held_out_sd"][name]
-        print(f"{name:18} {loss:14.5g} {'-' if wobble is None else f'{wobble:.2g}':>17} "
-              f"{'-' if reached is None else reached:>20} {apart.get('init', ''):>13.5} "
-              f"{apart.get('raw', ''):>9.5}")
+    def report(self):
+        rows = [row for row in self.rows.values() if row["samples"] in ("", HELD_OUT, self.samples)]
+        log = [row for row in rows if row["samples"] == ""]
+        if log:
+            print_stability(log)
+            plot_curves(self.out / "curves.png", self.settings.data, log)
+        report([(vars(self.settings), rows)], self.out)
+        write_csv(self.out / "results.csv", self.rows.values())
 
 
 # ==================================================================================================
-# Plots
+# Pictures and reports
 # ==================================================================================================
 
-RAW = "#d9772b"
+RAMP, REAL, ALARM = matplotlib.colormaps["YlGnBu"], "#888888", "#c00000"
+TITLES = {
+    "fd": "Fréchet distance", "fid": "FID", "is": "Inception Score", "precision": "precision",
+    "recall": "recall", "tail_share": "mass of the rare modes / true mass", "decay": "decay",
+    "covered_modes": "modes covered", "legible": "share of legible images", "step": "training step",
+    "held_out_loss": "held-out loss", "horizon": "decay", "east": "", "north": ""}
 
 
-def as_pictures(data, x0):
-    """[N, H, W, 3 or 1] in 0..1; of other channel counts the first, on its own scale."""
-    x0 = x0.cpu().permute(0, 2, 3, 1)  # [N, H, W, C]
-    if data.is_pictures and x0.shape[3] in (1, 3):
-        return ((x0 + 1) / 2).clamp(0, 1)
-    x0 = x0[..., :1]
-    return (x0 - x0.amin()) / (x0.amax() - x0.amin()).clamp(min=1e-6)
+class Panel(NamedTuple):
+    """y of the rows against x, a line for each value of `by`; inset: the last quarter of the steps."""
+
+    title: str
+    rows: list
+    x: str
+    y: str
+    by: str
+    inset: bool = False
 
 
-def save(figure, path, **settings):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, **settings)
-
-
-def tidy(axis, title, **labels):
-    axis.set(title=title, **labels)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-
-
-def plot_samples(args, weights, network, diffusion, ema, data):
-    """samples.png: rows of real images, then raw above EMA from the same noise, several times."""
-    repeats, columns = max(1, 6 // len(weights)), 16
-    rows = [("real", data.x0(torch.arange(columns, device=data.device)))]
-    drawn = {}
-    for w in weights:
-        with w.on(ema):
-            drawn[w] = torch.cat([*draw_samples(args, network, diffusion, data, repeats * columns)])
-    for i in range(repeats):
-        rows += [(str(w) if w.kind == "raw" else f"EMA {w}",
-                  drawn[w][i * columns:(i + 1) * columns]) for w in weights]
-    figure = Figure(figsize=(9, 0.56 * len(rows) + 0.4))
-    axes = figure.subplots(len(rows))
-    for i, (axis, (text, x0)) in enumerate(zip(axes, rows)):
-        picture = F.pad(as_pictures(data, x0), (0, 0, 0, 1), value=1.0)  # white between images
-        axis.imshow(picture.transpose(0, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=1,
-                    interpolation="nearest")
-        axis.set_axis_off()
-        axis.text(-0.01, 0.5, text, transform=axis.transAxes, ha="right", va="center",
-                  color=RAW if text == "raw" else "black")
-    axes[0].set_title(f"{Path(args.data).stem}, step {ema.step}: real images; below, samples from "
-                      "the same noise", fontsize=11)
-    save(figure, args.out / "samples.png", bbox_inches="tight")
-
-
-def plot_curves(args, log):
-    """curves.png: training loss; held-out loss of raw and every average."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    trained = [line for line in log if line["loss"] is not None]
-    left.plot([x["step"] for x in trained], [x["loss"] for x in trained], color="black")
-    tidy(left, "training loss", xlabel="step", ylabel="mean squared error")
-    names = [n for n in log[-1]["held_out_loss"] if n != "raw"]
-    colors = matplotlib.colormaps["viridis"](np.linspace(0.3, 0.9, max(len(names) // 2, 1)))
-    for i, name in enumerate(names):
-        right.plot([x["step"] for x in log], [x["held_out_loss"].get(name) for x in log],
-                   color=colors[i // 2], ls="--" if name.endswith("debiased") else "-",
-                   label=f"EMA {name}")
-    right.plot([x["step"] for x in log], [x["held_out_loss"]["raw"] for x in log], color=RAW,
-               label="raw")
-    tidy(right, "held-out loss, fixed images, times and noise", xlabel="step")
-    for axis in (left, right):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-    right.legend(frameon=False)
-    save(figure, args.out / "curves.png")
-
-
-def plot_training(args, log):
-    """training.png: held-out losses, their wobble and convergence, gradients, trajectories."""
-    steps, last = [line["step"] for line in log], log[-1]
-    names = list(last["distance"])  # raw, then the plain averages
-    colors = dict(zip(names[1:], matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(names)))))
-    colors["raw"] = RAW
-    figure = Figure(figsize=(18, 8.5), layout="constrained")
-    (loss, sd, reached, norm), (initial, raw, apart, plane) = figure.subplots(2, 4)
-
-    for name in names:
-        settings = {"color": colors[name], "label": name, "lw": 1.2}
-        loss.plot(steps, [line["held_out_loss"][name] for line in log], **settings)
-        initial.plot(steps, [line["distance"][name]["init"] for line in log], **settings)
-        if name != "raw":
-            raw.plot(steps, [line["distance"][name]["raw"] for line in log], **settings)
-    tidy(loss, "held-out loss", xlabel="step", yscale="log")
-    norm.legend(*loss.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2)
-    tidy(initial, "distance from the initial weights", xlabel="step")
-    tidy(raw, "distance from the raw weights", xlabel="step")
-
-    for debias, style in ((False, "-"), (True, "--")):
-        line = constant([dict(zip(ROW_KEY, (last["step"], *w[:2], str(int(w.debias)))))
-                         for w in raw_and_ema(args.tracked)], debias)
-        for axis, key in ((sd, "held_out_sd"), (reached, "reached")):
-            values = [last[key][str(weights_of(row))] for row in line]
-            axis.plot([*map(horizon, line)], [math.nan if v is None else v for v in values],
-                      style, marker=".", color="black", label="debiased" if debias else "plain")
-    tidy(sd, "wobble of the held-out loss, last quarter", ylabel="standard deviation",
-         yscale="log" if any(last["held_out_sd"].values()) else "linear")
-    tidy(reached, "first step at raw's loss of the last quarter", ylabel="step")
-    for axis in (sd, reached):
-        decay_axis(axis.xaxis)
-        axis.legend(frameon=False, fontsize=8)
-
-    trained = [line for line in log if line["grad_norm"] is not None]
-    norm.plot([x["step"] for x in trained], [x["grad_norm"] for x in trained], color="black")
-    tidy(norm, "gradient norm, mean since the last line", xlabel="step", yscale="log")
-
-    table = np.zeros((len(names) + 1,) * 2)
-    for i, name in enumerate(names, 1):
-        table[i, :i] = table[:i, i] = [last["distance"][name][n] for n in ["init", *names[:i - 1]]]
-    image = apart.imshow(table, cmap="viridis")
-    apart.set(title=f"distances at step {last['step']}", xticks=range(len(table)),
-              yticks=range(len(table)), yticklabels=["initial", *names])
-    apart.set_xticklabels(["initial", *names], rotation=90)
-    figure.colorbar(image, ax=apart, shrink=0.8)
-
-    paths = np.array([[line["sketch"][name] for name in names] for line in log])  # [lines, n, 64]
-    axes = np.linalg.svd(paths.reshape(-1, paths.shape[2]), full_matrices=False)[2][:2]  # [2, 64]
-    for name, path in zip(names, (paths @ axes.T).transpose(1, 0, 2)):
-        plane.plot(*path.T, color=colors[name], lw=0.8 if name == "raw" else 1.4)
-        plane.plot(*path[-1], "o", color=colors[name], ms=4)
-    plane.plot(0, 0, "k*", ms=10)
-    tidy(plane, "trajectories from the initial weights (star)", xlabel="first principal direction",
-         ylabel="second")
-    save(figure, args.out / "training.png")
+def constant(rows):
+    """Without schedules, which have no fixed place on an axis of decays."""
+    return [row for row in rows if row["name"] in ("raw", "real") or row["decay"][0].isdigit()
+            or row["decay"].startswith("halflife")]
 
 
 def decay_axis(axis):
     """A logarithmic axis of horizons, marked with their decays."""
-    powers = range(7)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}label": "decay"})
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    powers = [k for k in range(8) if low <= 10**k <= high]
     axis.set_ticks([10**k for k in powers],
-                   ["raw"] + [f"{1 - 10**-k:.{k}f}" for k in powers if k], fontsize=7)
+                   [f"{1 - 10**-k:.{k}f}" if k else "raw" for k in powers], fontsize=8)
     axis.set_ticks([], minor=True)
 
 
-def constant(rows, debias):
-    """raw and the constant decays among rows, shortest first: a schedule has no fixed place."""
-    rows = [row for row in rows if row["weights"] == "raw" or (
-        row["debias"] == str(int(debias)) and
-        (row["decay"][:1].isdigit() or row["decay"].startswith("halflife")))]
-    return sorted(rows, key=horizon)
-
-
-def draw_decays(axis, rows, metric, color, label=None):
-    """A metric against the decay, with its spread; debiased averages are dashed."""
-    for debias, style in ((False, "-"), (True, "--")):
-        line = [row for row in constant(rows, debias) if row.get(metric)]
-        axis.errorbar([*map(horizon, line)], [float(row[metric]) for row in line],
-                      [spread(row, metric) for row in line], color=color, ls=style, marker=".",
-                      ms=4, lw=1.2, elinewidth=0.7, label=None if debias else label)
-    tidy(axis, metric.replace("_", " "))
-    decay_axis(axis.xaxis)
-    if metric in ("fd", "fid", "held_out_loss"):
-        axis.set_yscale("log")
-
-
-def plot_sweep(rows, held_out, title, path):
-    """sweep.png: precision and recall, every metric and the best decays, stage by stage."""
-    real, steps = rows[0], list(dict.fromkeys(row["step"] for row in rows))
-    at = {step: [row for row in [*rows, *held_out] if row["step"] == step] for step in steps}
-    names = metrics_in([*rows, *held_out])
-    colors = dict(zip(steps, matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(steps)))))
-    lines = -(-(len(names) + 3) // 4)
-    figure = Figure(figsize=(18, 4.2 * lines), layout="constrained")
-    panels = figure.subplots(lines, 4).flat
-    figure.suptitle(f"{title}; plain averages solid, debiased dashed, spread as bars")
-
-    axis = next(panels)
-    for step in steps:
-        for debias, style in ((False, "-"), (True, "--")):
-            line = [row for row in constant(at[step], debias) if row.get("recall")]
-            points = [(float(row["recall"]), float(row["precision"])) for row in line]
-            axis.plot(*zip(*points), style, marker=".", color=colors[step], lw=1,
-                      label=None if debias else f"step {step}")
-            for row, point in zip(line, points) if step == steps[-1] and not debias else ():
-                axis.annotate(row["decay"] or "raw", point, xytext=(3, 3), fontsize=7,
-                              textcoords="offset points")
-    where = float(real["recall"]), float(real["precision"])
-    axis.plot(*where, "k*", ms=9, label="real, at {:.2f}, {:.2f}".format(*where))
-    tidy(axis, "precision and recall along the decays", xlabel="recall", ylabel="precision")
-    axis.legend(frameon=False, fontsize=8)
-    # The frame is that of the debiased averages: what collapses leaves it.
-    frame = [row for row in rows if row["debias"] == "1"] or rows
-    recalls = [float(row["recall"]) for row in frame]
-    axis.set(xlim=(min(recalls) - 0.05, 1.02),
-             ylim=(0, 1.2 * max(float(row["precision"]) for row in frame) + 0.01))
-
-    for name in names:
-        axis = next(panels)
-        for step in steps:
-            draw_decays(axis, at[step], name, colors[step])
-        if real.get(name):
-            axis.axhline(float(real[name]), color="black", lw=0.7, ls=":")
-
-    for debias in (False, True):
-        axis = next(panels)
-        for i, name in enumerate(names):
-            best = []
-            for step in steps:
-                line = [row for row in constant(at[step], debias) if row.get(name)]
-                if line:
-                    top = min(line, key=functools.partial(cost, metric=name))
-                    close = [horizon(row) for row in line if cost(row, name) <= cost(top, name)
-                             + math.hypot(spread(row, name), spread(top, name))]
-                    best.append((int(step) * 1.03**(i - len(names) / 2), horizon(top), min(close),
-                                 max(close)))
-            x, y, low, high = np.array(best).reshape(-1, 4).T
-            axis.errorbar(x, y, [y - low, high - y], marker="o", ms=4, lw=1, elinewidth=0.7,
-                          color=f"C{i}", label=name.replace("_", " "))
-        tidy(axis, f"best {'debiased' if debias else 'plain'} decay; bars: within the spread",
-             xlabel="step", xscale="log")
-        axis.set_xticks([*map(int, steps)], steps)
-        axis.set_xticks([], minor=True)
-        decay_axis(axis.yaxis)
-    axis.legend(frameon=False, fontsize=7, ncols=2)
-    for axis in panels:
-        axis.set_axis_off()
-    save(figure, path)
-
-
-def plot_modes(rows, title, path):
-    """modes.png: how often each mode comes, over how often it should; the rare ones' mass.
-
-    Shown are raw, the plain decay of the best Fréchet distance, and the longest of CANDIDATES that
-    was measured, debiased: plain, little but the initial weights would be seen of it.
+def draw_panel(axis, panel):
+    """Raw is black, the others a ramp from light to dark; debiased averages are dashed, spreads a
+    band, real data a grey line. Rows that lack a value are left out.
     """
-    modes = [name for name in rows[0] if name.startswith("mode_") and not name.endswith("_sd")]
-    steps = list(dict.fromkeys(row["step"] for row in rows))
-    if not modes:
-        return
-    line = constant([row for row in rows if row["step"] == steps[-1]], False)
-    middle = min(line[1:] or line, key=functools.partial(cost, metric=metrics_in(rows)[0]))
-    debiased = constant([row for row in rows if row["step"] == steps[-1]], True)
-    long = [row for row in debiased if row["decay"] in CANDIDATES or row["weights"] == "raw"][-1]
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    rows = [row for row in panel.rows if None not in (row.get(panel.x), row.get(panel.y))]
+    if "horizon" in (panel.x, panel.y):
+        rows = constant(rows)
+    groups = list(dict.fromkeys(row[panel.by] for row in rows if row["name"] != "real"))
+    others = [group for group in groups if group != "raw"]
+    order = "step" if panel.by == "decay" or panel.x == "step" else "horizon"
+    for group in groups:
+        place = others.index(group) / max(len(others) - 1, 1) if group in others else 0
+        color = RAMP(0.35 + 0.65 * place) if group in others else "black"
+        label = f"step {group}" if panel.by == "step" else TITLES.get(group, group)
+        for debiased in (False, True):
+            line = [row for row in rows if row[panel.by] == group and row["name"] != "real"
+                    and row["debiased"] == debiased]
+            line.sort(key=lambda row: row[order])
+            x, y, spread = (np.array([row.get(field, 0) for row in line], float)
+                            for field in (panel.x, panel.y, f"{panel.y}_sd"))
+            axis.plot(x, y, "--" if debiased else "-", color=color, lw=1.3, marker=".", ms=4,
+                      label=label if line and not debiased else None)
+            axis.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, lw=0)
+    for row in panel.rows:
+        if row["name"] == "real" and panel.y in row:
+            axis.axhline(row[panel.y], color=REAL, lw=0.8, ls=":")
+    axis.set(title=panel.title, xlabel=TITLES[panel.x], ylabel=TITLES[panel.y])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    if panel.y in ("fd", "fid", "held_out_loss"):
+        axis.set_yscale("log")
+    for side, field in ((axis.xaxis, panel.x), (axis.yaxis, panel.y)):
+        if field == "horizon":
+            decay_axis(side)
+
+
+def draw(path, title, panels):
+    """A picture of panels, at most three in a row."""
+    panels = [panel for panel in panels if any(panel.y in row for row in panel.rows)]
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.9 * lines + 0.3), layout="constrained")
     figure.suptitle(title)
-    shown = {str(weights_of(row)): row for row in (line[0], middle, long)}
-    for i, (label, row) in enumerate(shown.items()):
-        often = [max(float(row[name] or 0), 0.03) for name in modes]
-        left.errorbar([k + 0.2 * (i - 1) for k in range(len(modes))], often,
-                      [spread(row, name) for name in modes], fmt="o", ms=4, elinewidth=0.7,
-                      color=(RAW, "#3b8f6b", "#3b4cc0")[i], label=label)
-    left.axhline(1, color="black", lw=0.8)
-    left.set_xticks(range(len(modes)), [name.removeprefix("mode_") for name in modes])
-    tidy(left, f"samples of each mode over its true share, step {steps[-1]}; 0 is drawn at 0.03",
-         yscale="log")
-    left.yaxis.set_major_formatter("{x:g}")
-    left.legend(frameon=False)
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(steps)))
-    for step, color in zip(steps, colors):
-        draw_decays(right, [row for row in rows if row["step"] == step], "tail_share", color,
-                    f"step {step}")
-    right.axhline(1, color="black", lw=0.8)
-    right.legend(frameon=False, fontsize=8)
-    save(figure, path)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis, panel in zip(axes, panels):
+        draw_panel(axis, panel)
+        axis.legend(frameon=False, fontsize=8)
+        if panel.inset:
+            late = 0.75 * max(row["step"] for row in panel.rows)
+            rows = [row for row in panel.rows if row["step"] >= late]
+            inner = axis.inset_axes([0.45, 0.5, 0.55, 0.5])
+            draw_panel(inner, panel._replace(title="the last quarter", rows=rows))
+            inner.set(xlabel="", ylabel="")
+    for axis in axes[len(panels):]:
+        axis.set_axis_off()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
-def plot_ranking(pooled, names, orders, path):
-    """report.png: every metric at every stage, one line a method; flips are marked."""
-    tables = [*pooled.values()]
-    metrics, steps = metrics_in(tables[0]), list(dict.fromkeys(row["step"] for row in tables[0]))
-    figure = Figure(figsize=(4.2 * len(steps), 2.8 * len(metrics)), layout="constrained")
-    axes = figure.subplots(len(metrics), len(steps), squeeze=False)
-    figure.suptitle("plain averages solid, debiased dashed\nflips of the plain ranking against "
-                    "that at best decays: ! outside, ? inside the spread", fontsize=10)
-    for axis_row, metric in zip(axes, metrics):
-        for axis, step in zip(axis_row, steps):
-            for i, (rows, name) in enumerate(zip(tables, names.values())):
-                draw_decays(axis, [r for r in rows if r["step"] == step], metric, f"C{i}", name)
-            axis.set_title(f"{metric.replace('_', ' ')}, step {step}")
-            for row in constant([row for row in tables[0] if row["step"] == step], False):
-                order = orders.get((step, weights_of(row), metric), "")
-                axis.text(horizon(row), 0.92, order[-1:] if order[-1:] in "!?" else "",
-                          transform=axis.get_xaxis_transform(), ha="center", color="#c00000")
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    save(figure, path)
+def plot_curves(path, title, rows):
+    """curves.png: the held-out losses of the log, and where raw and averaged weights went."""
+    plain = [dict(row) for row in rows if not row["debiased"]]
+    sketches = np.array([row["sketch"] for row in plain])  # [rows, 64]
+    plane = np.linalg.svd(sketches, full_matrices=False)[2][:2]  # [2, 64]
+    for row, (east, north) in zip(plain, sketches @ plane.T):
+        row |= {"east": east, "north": north}
+    draw(path, title, [
+        Panel("Averages have the lower loss, once they forgot the start", rows, "step",
+              "held_out_loss", "decay", inset=True),
+        Panel("Raw weights wander, averages cut through", plain, "east", "north", "decay")])
 
 
-# ==================================================================================================
-# Reports
-# ==================================================================================================
+def plot_sweep(path, title, rows, candidates):
+    """sweep.png: the metrics against the decay, a line a stage, and the best decay of each stage."""
+    metrics, leaders = known(rows), []
+    for metric in metrics:
+        for step in dict.fromkeys(row["step"] for row in rows):
+            peers = [r for r in constant(rows) if r["step"] == step and r["name"] != "real"]
+            leaders.append(best(peers, metric) | {"metric": metric, "debiased": False})
+    draw(path, title, [
+        Panel("How far samples are from the data", rows, "horizon", metrics[0], "step"),
+        Panel("Quality against variety, along the decays", rows, "recall", "precision", "step"),
+        Panel("Whether rare modes starve", rows, "horizon", "tail_share", "step"),
+        Panel("The loss that --decay auto goes by", candidates, "horizon", "held_out_loss", "step"),
+        Panel("The best decay at each stage", leaders, "step", "horizon", "metric")])
+
+
+def plot_samples(path, data, pictures):
+    """samples.png: for every (row, x0 [16, C, H, W]) a line of images, from the same noise."""
+    figure = Figure(figsize=(10, 0.58 * len(pictures) + 0.5))
+    axes = figure.subplots(len(pictures), squeeze=False)[:, 0]
+    for axis, (row, x0) in zip(axes, pictures):
+        x0 = x0.permute(0, 2, 3, 1)  # [N, H, W, C]
+        if data.is_pictures and x0.shape[3] in (1, 3):
+            x0 = (x0 + 1) / 2
+        else:  # the first channel, on its own scale
+            x0 = x0[..., :1]
+            x0 = (x0 - x0.amin()) / (x0.amax() - x0.amin()).clamp(min=1e-6)
+        strip = F.pad(x0.clamp(0, 1), (0, 0, 0, 1), value=1.0)  # white between images
+        axis.imshow(strip.transpose(0, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=1,
+                    interpolation="nearest")
+        axis.set_axis_off()
+        metric = known([row])[0]
+        text = [f"{TITLES[metric]} {cell(row, metric)}"]
+        text += [f"initial weights {row['init_share']:.0%}"] if row.get("init_share", 0) > 1e-3 else []
+        axis.text(-0.01, 0.5, row["name"], transform=axis.transAxes, ha="right", va="center")
+        axis.text(1.01, 0.5, ", ".join(text), transform=axis.transAxes, va="center", fontsize=8)
+    axes[0].set_title(f"Real images; below, the same noise through each set of weights at step "
+                      f"{pictures[0][0]['step']}", fontsize=11)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+
 
 def pool(tables):
-    """One table of several that differ in their seed: the means, and the spread over seeds.
+    """Rows of runs that differ in their seed: means, and standard deviations over the seeds.
 
-    Rows that are not in all of them are left out; a single table keeps its own spreads.
+    Rows that not all have are left out; those of a single run keep their own spreads.
     """
+    if len(tables) == 1:
+        return tables[0]
     by_key = {}
     for row in [row for rows in tables for row in rows]:
-        by_key.setdefault(tuple(row[k] for k in ROW_KEY), []).append(row)
+        by_key.setdefault(key_of(row), []).append(row)
     pooled = []
     for rows in by_key.values():
         if len(rows) == len(tables):
-            row = dict(rows[0])
-            for name in [*row] if len(rows) > 1 else ():
-                known = name in METRICS or name.startswith("mode_") and not name.endswith("_sd")
-                if known and row[name]:
-                    values = [float(r[name]) for r in rows]
-                    row |= {name: str(np.mean(values)), f"{name}_sd": str(np.std(values, ddof=1))}
+            row = {name: value for name, value in rows[0].items() if not name.endswith("_sd")}
+            for name in known(rows):
+                values = [row.get(name) for row in rows]
+                if None not in values:
+                    row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
             pooled.append(row)
-    return begun(sorted(pooled, key=lambda row: int(row["step"])))
+    return pooled
 
 
-def print_agreement(seed, rows, held_out):
-    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance; [agrees].
+def print_choices(seeds, samples):
+    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance as well.
 
-    It agrees if the two distances differ by no more than the root of the summed squares of their
-    bootstrap spreads: what a reader of one run could tell apart.
+    It agrees where the two are not clearly apart; seeds is {seed: rows}.
     """
-    metric, agrees = metrics_in(rows)[0], []  # fd or fid
-    for step in dict.fromkeys(row["step"] for row in rows):
-        measured = {weights_of(r): r for r in rows if r["step"] == step and r["weights"] != "real"}
-        ranked = choose(held_out, step)
-        chosen = measured.get(weights_of(ranked[0])) if ranked else None
-        if chosen is None:
-            print(f"step {step}, seed {seed}: what held-out loss chooses was not measured; "
-                  "--decay auto does")
-            continue
-        best = min(measured.values(), key=lambda row: cost(row, metric))
-        excess = cost(chosen, metric) - cost(best, metric)
-        agrees.append(excess <= math.hypot(spread(chosen, metric), spread(best, metric)))
-        print(f"step {step}, seed {seed}: held-out loss chooses {weights_of(chosen)}, {metric} "
-              f"{float(chosen[metric]):.3g}; best is {weights_of(best)}, {float(best[metric]):.3g} "
-              f"(sd {spread(best, metric):.2g}): {'agrees' if agrees[-1] else 'differs'}")
-    return agrees
+    lines, metric = [], "fid" if "features" in samples else "fd"
+    for seed, rows in seeds.items():
+        table = [r for r in rows if r["samples"] == samples and r["name"] != "real"]
+        for step in dict.fromkeys(row["step"] for row in table):
+            choice = chosen(rows, step)
+            here = {row["name"]: row for row in table if row["step"] == step}
+            top, row = best(here.values(), metric), here.get(choice["name"])
+            verdict = "-" if row is None else "no" if clearly(top, row, metric) else "yes"
+            lines.append([str(step), str(seed), choice["name"], f"{choice['held_out_loss']:.4g}",
+                          "-" if row is None else cell(row, metric), top["name"],
+                          cell(top, metric), verdict])
+    print_table(["step", "seed", "lowest held-out loss", "its loss", f"its {metric}",
+                 f"best {metric} measured", f"best {metric}", "agree"], lines)
 
 
-def rank(methods):
-    """{(step, Weights, metric): order} of methods {letter: pooled rows}, such as "AB" or "BA!".
+def print_stability(rows):
+    """What the log's last rows say of each average: its loss, how it wobbles, how soon it fell."""
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    print_table(["step", "weights", "held-out loss", "wobble", "reaches raw at", "from initial",
+                 "from raw"],
+                [[str(row["step"]), row["name"], f"{row['held_out_loss']:.4g}",
+                  *("-" if row[name] is None else f"{row[name]:.4g}" for name in (
+                      "wobble", "reached", "distance_initial", "distance_raw"))] for row in last])
 
-    The reference, under Weights("best"), gives every method its best of the common decays. A
-    ! marks a pair whose order is flipped against it outside the spread, a ? one flipped inside:
-    outside means that both differences exceed the root of the summed squares of the two spreads.
+
+def print_ranking(methods):
+    """Which method is ahead, best first, at each decay: {letter: rows}.
+
+    Where the order of two differs from that at the best decay of each: ! if both differences are
+    outside of their spreads, ? if not.
     """
-    tables = [{(r["step"], weights_of(r)): r for r in rows if r["weights"] != "real"}
-              for rows in methods.values()]
-    common = [key for key in tables[0] if all(key in table for table in tables)]
-    orders = {}
-
-    def values(metric, rows):
-        """{letter: (cost, spread)}"""
-        return {x: (cost(row, metric), spread(row, metric)) for x, row in zip(methods, rows)}
-
-    for metric in metrics_in(tables[0].values()):
-        for step in dict.fromkeys(step for step, _ in common):
-            averages = [weights for s, weights in common if s == step]
-            best = values(metric, [min((table[step, weights] for weights in averages),
-                                       key=functools.partial(cost, metric=metric))
-                                   for table in tables])
-            reference = sorted(methods, key=best.get)
-            orders[step, Weights("best"), metric] = "".join(reference)
-            for weights in averages:
-                here = values(metric, [table[step, weights] for table in tables])
-                flips = [all(b[0] - a[0] > math.hypot(a[1], b[1])
-                             for a, b in ((best[x], best[y]), (here[y], here[x])))
-                         for i, x in enumerate(reference) for y in reference[i + 1:]
-                         if here[x][0] > here[y][0]]
-                mark = "!" if any(flips) else "?" if flips else ""
-                orders[step, weights, metric] = "".join(sorted(methods, key=here.get)) + mark
-    return orders
+    tables = {letter: {(r["step"], r["name"]): r for r in rows if r["name"] != "real"}
+              for letter, rows in methods.items()}
+    common = [key for key in next(iter(tables.values())) if all(key in t for t in tables.values())]
+    metrics, lines = known(next(iter(methods.values()))), []
+    for step in dict.fromkeys(step for step, _ in common):
+        names = [name for other, name in common if other == step]
+        at_best = {metric: {letter: best([table[step, name] for name in names], metric)
+                            for letter, table in tables.items()} for metric in metrics}
+        for name in ("best decay", *names):
+            line = [str(step), name]
+            for metric in metrics:
+                reference = at_best[metric]
+                here = reference if name == "best decay" else {
+                    letter: table[step, name] for letter, table in tables.items()}
+                order = sorted(here, key=lambda letter: cost(here[letter], metric))
+                flips = [clearly(here[a], here[b], metric) and clearly(reference[b], reference[a], metric)
+                         for i, a in enumerate(order) for b in order[i + 1:]
+                         if cost(reference[b], metric) < cost(reference[a], metric)]
+                line.append("".join(order) + ("!" if any(flips) else "?" if flips else ""))
+            lines.append(line)
+    print_table(["step", "weights", *(metric.replace("_", " ") for metric in metrics)], lines)
 
 
-def load_methods(paths):
-    """{settings: {seed: (rows, held_out)}} of finished runs; ValueError where one is none."""
+def report(runs, out):
+    """Tables and pictures of runs, (settings, rows) each.
+
+    Those that differ in their seed are one method, whose table has means and spreads over seeds;
+    methods are ranked. ValueError where runs cannot be compared.
+    """
     methods = {}
-    for path in paths:
-        rows = read_rows(path / "results.csv")
-        state = load_checkpoint(path / "checkpoint.pt") if rows else {"step": 0}
-        if not state["step"] or state["step"] < state["args"]["steps"]:
-            raise ValueError(f"{path} holds no finished run; give folders that --out named")
-        args = state["args"] | {"data": Path(state["args"]["data"]).name}
-        held_out, found = read_rows(path / "held_out.csv", ROW_KEY), {}
-        for row in rows:
-            settings = {k: args[k] for k in (*FIXED, "steps") if k != "seed"}
-            settings |= {k: row[k] for k in RESULT_KEY[4:]}
-            found.setdefault(tuple(settings.items()), []).append(row)
-        for settings, rows in found.items():
-            seeds = methods.setdefault(settings, {})
-            if args["seed"] in seeds:
-                raise ValueError(f"{path} is a run of the same settings and seed as another one")
-            seeds[args["seed"]] = rows, held_out
-    if len({(dict(settings)["data"], dict(settings)["features"]) for settings in methods}) > 1:
-        raise ValueError("runs on different data, or measured in different features, have no "
-                         "common ranking; give them to --report apart")
-    if len(methods) > len(string.ascii_uppercase):
-        raise ValueError(f"{len(methods)} methods are too many to letter; 26 is the most")
-    return methods
+    for settings, rows in runs:
+        for samples in dict.fromkeys(row["samples"] for row in rows if row["name"] == "real"):
+            method = {name: str(settings[name]) for name in (*FIXED, "steps") if name != "seed"}
+            seeds = methods.setdefault((*method.items(), ("samples", samples)), {})
+            if settings["seed"] in seeds:
+                raise ValueError(f"two of the runs have the same settings and seed {settings['seed']}")
+            seeds[settings["seed"]] = rows
+    if len({dict(method)["data"] for method in methods}) > 1 or len(methods) > 26:
+        raise ValueError("runs on different data, or more than 26 methods, have no ranking")
+    tables = {}
+    for letter, (method, seeds) in zip(string.ascii_uppercase, methods.items()):
+        samples, rows = dict(method)["samples"], pool(list(seeds.values()))
+        table = sorted((r for r in rows if r["samples"] == samples), key=lambda row: row["step"])
+        whole = {row["step"] for row in table if row["name"] == "raw"}  # not interrupted before
+        tables[letter] = table = [row for row in table if row["step"] in whole]
+        differ = [f"{name} {value}" for name, value in method
+                  if any((name, value) not in other for other in methods)]
+        spread = f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples"
+        title = f"{', '.join(differ) or samples}; ± over {spread}"
+        print(f"\n{letter}: {title}" if len(methods) > 1 else f"\n{title}")
+        if table:
+            print_rows(table)
+            print_choices(seeds, samples)
+            name = "sweep.png" if len(methods) == 1 else f"sweep-{letter}.png"
+            candidates = [row for row in rows if row["samples"] == HELD_OUT]
+            plot_sweep(out / name, title, table, candidates)
+    if len(methods) > 1:
+        print_ranking(tables)
+        rows = [row | {"method": letter} for letter, table in tables.items() for row in table]
+        metric, steps = known(rows)[0], sorted({row["step"] for row in rows})
+        draw(out / "report.png", "Methods " + ", ".join(tables), [
+            *(Panel(f"How far samples are from the data at step {step}",
+                    [row for row in rows if row["step"] == step], "horizon", metric, "method")
+              for step in steps),
+            *(Panel(f"The same at step {steps[-1]}", [r for r in rows if r["step"] == steps[-1]],
+                    "horizon", other, "method") for other in ("precision", "tail_share"))])
 
 
-def report(methods, out):
-    """Runs that differ in their seed are one method; methods of other settings compete."""
-    pooled, names = {}, {}
-    for old in [*out.glob("sweep-?.png"), *out.glob("modes-?.png"), *out.glob("report.png")]:
-        old.unlink()  # the letters may mean other methods now
-    for letter, (settings, seeds) in zip(string.ascii_uppercase, methods.items()):
-        differ = [f"{k} {v}" for k, v in settings if any((k, v) not in other for other in methods)]
-        names[letter] = ", ".join(differ) or "all runs"
-        tables, losses = zip(*seeds.values())
-        pooled[letter] = pool(tables)
-        spread_of = f"{len(seeds)} seeds" if len(seeds) > 1 else "the bootstrap of one seed"
-        left_out = sum(map(len, tables)) - len(seeds) * len(pooled[letter])
-        print(f"\n{letter}: {names[letter]}; mean and spread of {spread_of}"
-              + f"; {left_out} rows that not all seeds have are left out" * (left_out > 0))
-        if not pooled[letter]:
-            continue
-        print_table(pooled[letter])
-        agrees = [x for seed, both in seeds.items() for x in print_agreement(seed, *both)]
-        if agrees:
-            print(f"the choice by held-out loss is within the spread of the best in {sum(agrees)} "
-                  f"of {len(agrees)}")
-        title = f"{names[letter]}, {spread_of}"
-        plot_sweep(pooled[letter], pool(losses), title, out / f"sweep-{letter}.png")
-        plot_modes(pooled[letter], title, out / f"modes-{letter}.png")
-    orders = rank(pooled)
-    if len(methods) > 1 and not orders:
-        print("\nthe methods have no step in common to be ranked at")
-    elif len(methods) > 1:
-        columns = metrics_in(pooled["A"])
-        print("\nranking, best first; at the best decay of each, then at each decay; flipped "
-              "against the former: ! outside, ? inside the spread")
-        heads = "".join(f"{c.replace('_', ' '):>14}" for c in columns)
-        print(f"{'step':>7}  {'weights':18}{heads}")
-        for step, weights in dict.fromkeys(key[:2] for key in orders):
-            print(f"{step:>7}  {weights!s:18}"
-                  + "".join(f"{orders.get((step, weights, c), ''):>14}" for c in columns))
-        plot_ranking(pooled, names, orders, out / "report.png")
+def write_csv(path, rows):
+    """results.csv: the rows for people, of what is a number or a text."""
+    first = dict.fromkeys(("step", "name", "init_share", "samples"))
+    names = [*first | {name: None for row in rows for name, value in row.items()
+                       if not isinstance(value, list)}]
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ==================================================================================================
 # Command line
 # ==================================================================================================
 
-SMALL = {  # minutes on two CPU cores
-    "preset": "small", "data": "glyphs", "decay": ["0.999"], "steps": 3600, "stages": [1.0],
-    "batch_size": 32, "accumulate": 1, "lr": 2e-3, "warmup": 100, "flip": False, "seed": 0,
-    "objective": "v", "schedule": "cosine", "network": {}, "save_every": 500, "log_every": 100,
-    "sampler": "dpm++", "sample_steps": 16, "num_samples": 2048, "features": "", "device": "auto"}
-PRESETS = {
-    "small": SMALL,
-    "cifar10": SMALL | {  # Ho et al. 2020, appendix B
-        "preset": "cifar10", "data": "cifar10", "decay": ["0.9999"], "steps": 800_000,
-        "batch_size": 128, "lr": 2e-4, "warmup": 5000, "flip": True, "objective": "eps",
-        "schedule": "linear", "save_every": 5000, "log_every": 1000, "sampler": "ddpm",
-        "sample_steps": 1000, "num_samples": 50_000,
-        "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
-                    "scale_shift": False, "dropout": 0.1}},
-}
 SWEEP = ("0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999",
          "0.999999")
 # What a run cannot change half-way.
-FIXED = ("preset", "data", "batch_size", "accumulate", "lr", "seed", "objective", "schedule")
+FIXED = ("preset", "data", "batch_size", "lr", "cooldown", "seed", "objective", "schedule")
+PRESETS = {
+    "small": {"warmup": 100, "flip": False, "network": {}},  # minutes on two CPU cores
+    "cifar10": {  # Ho et al. 2020, appendix B
+        "data": "cifar10", "decay": ["0.9999"], "steps": 800_000, "batch_size": 128, "lr": 2e-4,
+        "warmup": 5000, "flip": True, "objective": "eps", "schedule": "linear",
+        "save_every": 5000, "log_every": 1000, "sampler": "ddpm", "sample_steps": 1000,
+        "num_samples": 50_000,
+        "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
+                    "scale_shift": False, "dropout": 0.1}},
+}
+
+
+def number(kind, low, high=math.inf):
+    """A reader of numbers of this kind from low to high; ValueError says what it takes."""
+    def read(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high and kind(text) != math.inf:
+                return kind(text)
+        raise ValueError(f"give {'a whole number' if kind is int else 'a number'} from {low}"
+                         + f" to {high}" * (high < math.inf))
+    return read
+
+
+def one_of(*names):
+    """A reader of one of these names."""
+    def read(text):
+        if text not in names:
+            raise ValueError(f"give one of {', '.join(names)}")
+        return text
+    return read
+
+
+def several(read):
+    """A reader of comma-separated items, each kept once."""
+    return lambda text: list(dict.fromkeys(read(item) for item in text.split(",")))
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line instead of argparse's usage text."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        stop(message)
 
 
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of this kind from low to high."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and kind(text) != math.inf:
-                return kind(text)
-        allowed = f"{'a whole number' if kind is int else 'a number'} from {low}"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; give {allowed}" + f" to {high}" * (high < math.inf))
-    return parse
+def read_flags(flags, doc, argv=None):
+    """{name: value} of the flags that are given; `flags` is {name: (default, help, reader)}.
 
-
-def several(parse):
-    """An argparse type: comma-separated items, each kept once."""
-    def parse_all(text):
+    A reader makes a value of a text, or raises a ValueError that says what it takes.
+    """
+    def convert(read, text):
         try:
-            return list(dict.fromkeys(parse(item) for item in text.split(",")))
+            return read(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return parse_all
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; {error}") from None
 
-
-def decays(text):
-    """An argparse type: the items of --decay; sweep stands for the ten of SWEEP."""
-    def parse(item):
-        try:
-            return item if item == "auto" else parse_decay(item)
-        except ValueError as error:
-            raise ValueError(f"{error}, sweep, auto") from None
-    items = [",".join(SWEEP) if item == "sweep" else item for item in text.split(",")]
-    return several(parse)(",".join(items))
-
-
-def make_parser():
-    parser = Parser(description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    parser = Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     formatter_class=argparse.RawTextHelpFormatter)
-
-    def add(flag, text, **settings):
-        default = SMALL.get(flag[2:].replace("-", "_"), "")
+    for name, (default, text, read) in flags.items():
         default = ",".join(map(str, default)) if isinstance(default, list) else default
-        parser.add_argument(flag, help=text + (f"\n[{default}]" if default != "" else ""),
-                            **{"metavar": flag[2:].upper()} | settings)
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} [{default}]",
+                            metavar=name.upper(), type=functools.partial(convert, read))
+    argv = sys.argv[1:] if argv is None else argv
+    for text in argv:
+        if text.endswith("=--"):  # argparse would fail on it
+            stop(f"{text}: '--' is no value")
+    return vars(parser.parse_args(argv))
 
-    count = number(int, 1, 10**8)
-    add("--decay", "EMA decays to compare, separated by commas: a number in [0, 1); step (the\n"
-        "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width);\n"
-        "sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and\n"
-        "0.99995 that has the lowest held-out loss", type=decays)
-    add("--data", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
-        "their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or\n"
-        "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`")
-    add("--out", "folder for checkpoints, tables and pictures [runs/ and the name of the data]",
-        type=Path)
-    add("--steps", "optimizer steps; more than a finished run has trains it on", type=count)
-    add("--stages", "fractions of the run at which everything is evaluated",
-        type=several(number(float, 1e-9, 1)))
-    add("--batch-size", "images per optimizer step", type=count)
-    add("--accumulate", "micro-batches that a batch is split into, to save memory", type=count)
-    add("--lr", "learning rate of Adam, after a linear warm-up", type=number(float, 0))
-    add("--seed", "of the initial weights, data order, noise and samples", type=number(int, 0))
-    add("--objective", "what the network predicts: the noise, the data or the velocity",
-        choices=Diffusion.OBJECTIVES, metavar=None)
-    add("--schedule", "the noise schedule; flow is the straight path of flow matching",
-        choices=Diffusion.SCHEDULES, metavar=None)
-    add("--sampler", "ddpm: ancestral; ddim: deterministic; dpm++: DPM-Solver++(2M)",
-        choices=SAMPLERS, metavar=None)
-    add("--sample-steps", "network evaluations per sample, at most 1000", type=number(int, 1, 1000))
-    add("--num-samples", "samples per row of the table", type=number(int, 16, 10**8))
-    add("--save-every", "steps between checkpoints", type=count)
-    add("--log-every", "steps between lines of metrics.jsonl", type=count)
-    add("--features", "TorchScript file that maps uint8 [N, 3, H, W] to features, such as\n"
-        "Inception; the Frechet distance is then called fid [a classifier trained here]")
-    add("--preset", "cifar10: the network and training of the DDPM paper; needs a GPU",
-        choices=PRESETS, metavar=None)
-    add("--report", "finished runs (folders) to compare instead of training one: runs that differ\n"
-        "in their seed become one method, others compete; pictures go to --out [runs/report]",
-        type=Path, nargs="+", metavar="RUN")
-    add("--device", "auto is a GPU where there is one", type=str)
-    return parser
+
+def read_decays(text):
+    """The items of --decay; sweep stands for the ten of SWEEP."""
+    items = [",".join(SWEEP) if item == "sweep" else item for item in text.split(",")]
+    try:
+        return several(lambda item: item if item == "auto" else parse_decay(item))(",".join(items))
+    except ValueError as error:
+        raise ValueError(f"{error}, sweep, auto") from None
+
+
+SETTINGS = {  # flag: (default, what it is, its reader)
+    "decay": (["0.999"], "EMA decays to compare, separated by commas: a number in [0, 1); step (the\n"
+              "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width);\n"
+              "sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and\n"
+              "0.99995 that has the lowest held-out loss", read_decays),
+    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
+             "their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or\n"
+             "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`", str),
+    "out": ("runs/ and the name of the data", "folder for checkpoints, tables and pictures", str),
+    "steps": (3600, "optimizer steps; more than a finished run has trains it on", number(int, 1, 10**8)),
+    "stages": ([1.0], "fractions of the run at which everything is evaluated",
+               several(number(float, 1e-9, 1))),
+    "batch_size": (32, "images per optimizer step, over all processes", number(int, 1, 10**8)),
+    "lr": (2e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
+    "cooldown": (0.0, "fraction of the run, at its end, over which the learning rate falls to 0",
+                 number(float, 0, 1)),
+    "seed": (0, "of the initial weights, data order, noise and samples", number(int, 0)),
+    "objective": ("v", "what the network predicts: the noise (eps), the data (x0), the velocity (v)",
+                  one_of(*Diffusion.OBJECTIVES)),
+    "schedule": ("cosine", "the noise schedule, linear or cosine; flow: the path of flow matching",
+                 one_of(*Diffusion.SCHEDULES)),
+    "sampler": ("dpm++", "ddpm: ancestral; ddim: deterministic; dpm++: DPM-Solver++(2M)",
+                one_of(*SAMPLERS)),
+    "sample_steps": (16, "network evaluations per sample, at most 1000", number(int, 1, 1000)),
+    "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
+    "save_every": (500, "steps between checkpoints", number(int, 1, 10**8)),
+    "log_every": (100, "steps between rows of the log", number(int, 1, 10**8)),
+    "features": ("", "TorchScript file that maps uint8 [N, 3, H, W] to features, such as\n"
+                 "Inception; the Frechet distance is then called fid", str),
+    "preset": ("small", "cifar10: the network and training of the DDPM paper; needs a GPU",
+               one_of(*PRESETS)),
+    "report": ((), "finished runs (folders) to compare instead of training one: runs that differ\n"
+               "in their seed become one method, others are ranked; goes with --out alone", Path),
+}
 
 
 def resolve(given):
-    """(settings, checkpoint or None) from the flags given, the preset and the run in --out.
+    """The settings of a run: what is given, over those of the run in --out, over the preset's.
 
-    Raises ValueError or OSError, in one line, where they do not fit together.
+    ValueError, in one line, where they do not fit together.
     """
-    args = PRESETS[given.get("preset", "small")] | given
-    name = Path(args["data"]).resolve().stem if args["preset"] == "small" else args["preset"]
-    out = Path(args.setdefault("out", Path("runs", name)))
-    if any(p.exists() and not p.is_dir() for p in (out, *out.parents)):
-        raise ValueError(f"--out {out} is, or lies below, a file; give a folder")
-    checkpoint = None
-    if (out / "checkpoint.pt").exists():
-        checkpoint = load_checkpoint(out / "checkpoint.pt")
-        run = checkpoint["args"]
-        paths = {run["data"], given.get("data", run["data"])} - {"glyphs", *DOWNLOADS}
-        if len({*map(os.path.realpath, paths)}) == 1 < len(paths):  # two spellings of one
-            given = given | {"data": run["data"]}
-        args |= run | given
-        changed = [f"--{k.replace('_', '-')} {given[k]} (the run has {run[k]})"
-                   for k in FIXED if k in given and given[k] != run[k]]
-        if changed:
-            raise ValueError(f"{out} holds a run with other settings: {', '.join(changed)}; "
-                             "leave them out, or choose another --out")
-    tables = read_rows(out / "results.csv"), read_rows(out / "held_out.csv", ROW_KEY)  # ours?
-    if not checkpoint and (any(tables) or any(out.glob("checkpoint-*.pt"))):
-        raise ValueError(f"{out} holds what a run left without its checkpoint.pt; give another "
-                         "--out")
-    args.setdefault("tracked", [decay for decay in args["decay"] if decay != "auto"])
-    args["saved"] = {k: v for k, v in args.items() if k not in ("out", "device", "saved")}
-    args = argparse.Namespace(**args)
-    args.auto = "auto" in args.decay
-    args.decay = [decay for decay in args.decay if decay != "auto"]
-    if args.batch_size % args.accumulate:
-        raise ValueError(f"--accumulate {args.accumulate} does not divide --batch-size "
-                         f"{args.batch_size}")
-    args.stage_steps = sorted({max(1, round(f * args.steps)) for f in args.stages})
-    reached = checkpoint["step"] if checkpoint else 0
-    if args.steps < reached:
-        raise ValueError(f"--steps {args.steps} is less than the {reached} of the run in {out}")
-    lost = [step for step in args.stage_steps
-            if step < reached and not stage_path(out, step, args.steps).exists()]
-    if "stages" not in given:  # those of the run, now fractions of another number of steps
-        args.stage_steps = [step for step in args.stage_steps if step not in lost]
-    if lost and ("stages" in given or not args.stage_steps):
+    defaults = {name: default for name, (default, _, _) in SETTINGS.items() if name != "report"}
+    settings = defaults | PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
+    name = Path(os.path.realpath(settings["data"])).stem
+    out = Path(given.get("out", Path("runs", name)))
+    saved, run = saved_steps(out), {}
+    if saved:
+        run = load_checkpoint(saved[max(saved)], mmap=True)["settings"]
+        if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):  # another spelling
+            given = given | {"data": run["data"]} if "data" in given else given
+        settings |= run | given
+        for name in FIXED:
+            if settings[name] != run[name]:
+                raise ValueError(f"the run in {out} has --{name.replace('_', '-')} {run[name]}, not "
+                                 f"{settings[name]}; leave it out, or choose another --out")
+    elif read_rows(out):
+        raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
+    s = SimpleNamespace(**settings | {"out": str(out)})
+    s.auto, s.decay = "auto" in s.decay, [decay for decay in s.decay if decay != "auto"]
+    s.tracked = run.get("tracked", s.decay)
+    s.stage_steps, reached = sorted({max(1, round(f * s.steps)) for f in s.stages}), max(saved, default=0)
+    if s.steps < reached or (s.cooldown and run and s.steps != run["steps"]):
+        raise ValueError(f"--steps {s.steps}: the run in {out} has come to step {reached} of "
+                         f"{run['steps']}" + ", the end of its cooldown" * (s.cooldown > 0))
+    lost = [step for step in s.stage_steps if step < reached and step not in saved]
+    if lost and ("stages" in given or lost == s.stage_steps):
         raise ValueError(f"{out} kept no checkpoint at step {lost[0]}: ask for --stages before "
                          "training")
-    for step in args.stage_steps:
-        if step < reached:
-            load_checkpoint(stage_path(out, step, args.steps), mmap=True)  # is it one?
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        known = torch.device(args.device).type in ("cpu", "cuda")
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError, ImportError):
-        known = False
-    if not known:
-        raise ValueError(f"--device {args.device} is not to be had here; give cpu, cuda or cuda:1")
-    return args, checkpoint
+    s.stage_steps = [step for step in s.stage_steps if step not in lost]
+    return s
 
 
-def print_configuration(args, data, held_out, model, network, diffusion, start):
-    """What will run, and for how long: from one training step and one batch of samples, timed."""
-    num_parameters = sum(p.numel() for p in model.parameters())
-    modes = "no labels" if data.labels is None else f"{len(data.names)} modes"
-    steps = torch.arange(1, args.steps + 1, dtype=torch.float64)
-    print(f"data       {args.data}: {len(data):,} training and {len(held_out):,} held-out images "
-          f"{list(data.images.shape[1:])}, {modes}\n"
-          f"network    UNet, {num_parameters / 1e6:.2f} M parameters, on {data.device}\n"
-          f"training   {args.steps:,} steps of {args.batch_size} images, {args.objective} on the "
-          f"{args.schedule} schedule, Adam {args.lr:g}, seed {args.seed}")
-    for decay in args.decay:
-        rates = -log_decays(decay, steps).expm1()
-        print(f"EMA        {decay}: horizon {1 / rates[-1].item():,.0f} steps, init share at the "
-              f"end {torch.log1p(-rates).sum().exp().item():.2g}")
-    if args.auto:
-        print("EMA        auto: at each stage the decay of the lowest held-out loss")
-    print(f"evaluation {args.num_samples:,} samples a row by {args.sampler} in {args.sample_steps} "
-          f"steps, at steps {', '.join(map(str, args.stage_steps))}\n"
-          f"output     {args.out}")
-    if start == args.steps:
-        return
-    batch_size = args.batch_size // args.accumulate
-    x0 = data.x0(torch.arange(batch_size, device=data.device) % len(data))
-    t = torch.zeros(len(x0), dtype=torch.long, device=data.device)
-    seconds = {True: math.inf, False: math.inf}  # the least time with and without gradients
-    for grad in (True, False) * 4:
-        tick = time.perf_counter()
-        with torch.set_grad_enabled(grad):
-            loss = diffusion.loss(network, x0, t, x0).mean()
-            if grad:
-                loss.backward()
-        loss.item()  # waits for the device
-        seconds[grad] = min(seconds[grad], time.perf_counter() - tick)
-    model.zero_grad()
-    rows = 1 + 2 * len(args.decay) + args.auto
-    forward = len(args.stage_steps) * rows * args.num_samples * args.sample_steps  # images
-    forward += len(args.stage_steps) * len(raw_and_ema(CANDIDATES)) * min(512, len(held_out))
-    forward += (args.steps - start) / args.log_every * rows * min(128, len(held_out))
-    total = (args.steps - start) * args.accumulate * seconds[True] + (
-        forward / batch_size * seconds[False])
-    print(f"estimated  {total / 60:.0f} minutes", flush=True)
+def load_report(folders):
+    """(settings, rows) of finished runs."""
+    runs = []
+    for folder in folders:
+        saved = saved_steps(folder)
+        settings = load_checkpoint(saved[max(saved)], mmap=True)["settings"] if saved else {}
+        if not saved or max(saved) < settings["steps"]:
+            raise ValueError(f"{folder} holds no finished run; give folders that --out named")
+        rows = list(read_rows(folder).values())
+        runs.append((settings | {"data": os.path.basename(settings["data"])}, rows))
+    return runs
 
 
 def main(argv=None):
-    parser = make_parser()
-    given = vars(parser.parse_args(argv))
+    given = read_flags(SETTINGS, __doc__, argv)
+    sys.stdout.reconfigure(errors="backslashreplace")
     if "report" in given:
-        if others := given.keys() - {"report", "out"}:
-            other = min(others).replace("_", "-")
-            parser.error(f"--report goes with --out alone, not with --{other}")
-        out = given.get("out", Path("runs", "report"))
-        try:
-            methods = load_methods(given["report"])
+        with explained("--report"):
+            if others := given.keys() - {"report", "out"}:
+                raise ValueError(f"it goes with --out alone, not with --{min(others)}")
+            out = Path(given.get("out", "runs/report"))
+            runs = load_report(given["report"])
             out.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            parser.error(error)
-        return report(methods, out)
-    try:
-        args, checkpoint = resolve(given)
-        data, held_out = load_data(args.data).to(args.device).split()
-        torch.manual_seed(seed_of("init", args.seed))
-        model = UNet(data.images.shape[1], **args.network)
-        model = model.to(args.device, memory_format=torch.channels_last)  # CPU: a fifth faster
-        origin = flatten(model)
-
-        def network(x, t):  # bfloat16 on a GPU
-            with torch.autocast(data.device.type, torch.bfloat16, data.device.type == "cuda"):
-                return model(x, t)
-
-        diffusion = Diffusion(args.schedule, args.objective)
-        optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
-        ema = EMABank(model, args.tracked)
-        held_out_loss(network, diffusion, held_out, num_images=1)  # do the shapes fit?
-        if args.features:
-            load_features(args, data)  # does it fit?
-        if (args.out / "classifier.pt").exists():
-            load_classifier(args, data, held_out)  # is it one?
-        args.saved["data_shape"] = [len(data), *data.images.shape[1:], data.num_classes]
-        if checkpoint and checkpoint["args"]["data_shape"] != args.saved["data_shape"]:
-            raise ValueError(f"{args.data} has changed since the run in {args.out} began")
-        step, running = 0, torch.zeros(3, device=data.device)
-        if checkpoint:
-            step, running = checkpoint["step"], checkpoint["running"].to(data.device)
-            for part, name in ((model, "model"), (optimizer, "optimizer"), (ema, "ema")):
-                part.load_state_dict(checkpoint[name])
-        probe = EMABank(nn.Linear(1, 1), args.tracked)
-        for probe.step in args.stage_steps:
-            for decay in args.decay:
-                try:
-                    probe.error_bound(decay)  # is it tracked, or can it be read out?
-                except ValueError as error:
-                    raise ValueError(f"{error}; a run with another --out can track it") from None
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        parser.error(error)
-    print_configuration(args, data, held_out, model, network, diffusion, step)
-    if step < args.steps or checkpoint["args"]["steps"] != args.steps:  # or it ends earlier
-        with catching_signals() as signals:
-            train(args, step, running, signals, model, origin, network, diffusion, ema, optimizer,
-                  data, held_out)
-    held_out_rows = rate_decays(args, model, network, diffusion, ema, held_out)
-    last_stage, log = args.stage_steps[-1], read_log(args.out)
-    missing = missing_rows(args, held_out_rows)
-    load_stage(args, last_stage, model, ema)
-    if missing or not (args.out / "samples.png").exists():
-        shown = [w for w in stage_weights(args, last_stage, held_out_rows)
-                 if not w.debias or w.decay not in args.decay]
-        plot_samples(args, shown, network, diffusion, ema, data)
-    if log and (missing or not (args.out / "training.png").exists()):
-        plot_curves(args, log)
-        plot_training(args, log)
-    if missing:
-        (args.out / "sweep.png").unlink(missing_ok=True)
-        (args.out / "modes.png").unlink(missing_ok=True)
-        evaluate(args, missing, model, network, diffusion, ema, data, held_out)
-        load_stage(args, last_stage, model, ema)
-    rows = measured_rows(args)
-    title = (f"{args.data}, {args.num_samples} samples by {args.sampler} in "
-             f"{args.sample_steps} steps")
-    if len({row["decay"] for row in rows}) > 2 and not (args.out / "sweep.png").exists():
-        plot_sweep(rows, held_out_rows, title, args.out / "sweep.png")
-    if not (args.out / "modes.png").exists():
-        plot_modes(rows, title, args.out / "modes.png")
-    if log:  # somebody may have deleted it
-        print_convergence(log[-1])
-    print_choices(args, held_out_rows)
-    print_table(rows)
+            return report(runs, out)
+    with explained("set-up"):
+        run = Run(resolve(given))
+    run.describe()
+    with explained("run"):
+        for step in run.settings.stage_steps:
+            run.train(step)
+            run.evaluate()
+        if run.rank == 0:
+            run.report()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # while training, the loop catches it
-        print("\nstopped; the same command goes on from here")
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last save")
         sys.exit(130)
