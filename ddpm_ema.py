@@ -694,7 +694,7 @@ class UNet(nn.Module):
 # ==================================================================================================
 
 import argparse
-import contextlib  # noqa: F811
+import contextlib
 import copy
 import csv
 import functools
@@ -720,109 +720,15 @@ GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # from the most to the least fr
 
 DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
-        "train-images-idx3-ubyte.gz": "440fcabf73cc546f", "train-labels-idx1-ubyte.gz": "3552534a0a558bbe"}),
+        "train-images-idx3-ubyte.gz": "440fcabf73cc546f",
+        "train-labels-idx1-ubyte.gz": "3552534a0a558bbe"}),
     "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
-        "train-images-idx3-ubyte.gz": "3aede38d61863908", "train-labels-idx1-ubyte.gz": "a04f17134ac03560"}),
+        "train-images-idx3-ubyte.gz": "3aede38d61863908",
+        "train-labels-idx1-ubyte.gz": "a04f17134ac03560"}),
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"}),
 }
-
-
-class Dataset:
-    """Images with, where known, the mode of each.
-
-    images   [N, C, H, W], uint8 of any picture or float32 of any latent or representation
-    labels   [N] int64, or None; names says what each stands for
-    x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats to mean 0 and standard
-             deviation 1 in each channel
-    bound    the largest |x0|, for samplers to clip at
-    turns    without labels, the quarter turns that a classifier is to tell apart
-    """
-
-    def __init__(self, images, labels=None, names=None):
-        self.images = images = torch.from_numpy(np.ascontiguousarray(images))
-        if images.dim() != 4 or 0 in images.shape or len(images) < 20:
-            raise ValueError(f"images have shape {list(images.shape)}; needed is [N, C, H, W] or "
-                             "[N, H, W, C] with at least 20 images")
-        self.is_pictures, self.bound = images.dtype == torch.uint8, 1.0
-        self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)
-        if not self.is_pictures:
-            self.images = images = images.float()
-            if not images.isfinite().all():
-                raise ValueError("the data hold NaN or infinite values; all must be finite")
-            mean = images.mean(dim=(0, 2, 3), dtype=torch.float64)  # exact for a constant channel
-            self.shift = mean.float()[:, None, None]  # [C, 1, 1]
-            self.scale = images.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
-            self.bound = ((images - self.shift) / self.scale).abs().max().item()
-        self.turns = [0, 1, 2, 3] if images.shape[2] == images.shape[3] else [0, 2]
-        self.labels, self.names, self.num_classes = None, None, len(self.turns)
-        if labels is not None:
-            labels = np.asarray(labels)
-            if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-                raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
-                                 f"integer for each of the {len(images)} images")
-            values, labels = np.unique(labels, return_inverse=True)
-            self.labels, self.num_classes = torch.from_numpy(labels), len(values)
-            self.names = [str(v) if names is None else names[v] for v in values]
-
-    def __len__(self):
-        return len(self.images)
-
-    def x0(self, index):
-        x0 = (self.images[index].float() - self.shift) / self.scale  # [B, C, H, W]
-        return x0.contiguous(memory_format=torch.channels_last)
-
-    def round(self, x0):
-        """What x0 becomes when it is stored as an image: floats stay as they are."""
-        return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
-
-    def batches(self, count):
-        """Yields x0 [<=256, C, H, W] of the first `count` images."""
-        for index in torch.arange(min(count, len(self)), device=self.images.device).split(256):
-            yield self.x0(index)
-
-    def split(self):
-        """(training, held-out): a fifth of the images, at most 4,096, the same in every run."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        parts, count = [], min(len(self) // 5, 4096)
-        for index in (order[count:], order[:count]):
-            part = copy.copy(self)  # shift and scale stay those of all images
-            part.images = self.images[index]
-            part.labels = None if self.labels is None else self.labels[index]
-            parts.append(part)
-        return parts
-
-    def to(self, device):
-        """A copy on the device."""
-        other = copy.copy(self)
-        for name, value in vars(self).items():
-            setattr(other, name, value.to(device) if torch.is_tensor(value) else value)
-        return other
-
-
-def draw_glyphs(num_images, seed=0):
-    """Characters in random DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
-
-    Returns images [N, 1, 16, 16] uint8, white on black, and labels [N]: positions in GLYPHS.
-    """
-    rng = np.random.default_rng(seed)
-    share = 1 / np.arange(1, len(GLYPHS) + 1)  # Zipf's law
-    labels = rng.choice(len(GLYPHS), num_images, p=share / share.sum())
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
-    faces = [FT2Font(str(folder / f"DejaVu{face}.ttf")) for face in ("Sans-Bold", "Serif-Bold")]
-    canvas = np.zeros((num_images, 32, 32), np.float32)  # twice the final resolution
-    for i, label in enumerate(labels):
-        face = faces[rng.integers(len(faces))]
-        face.set_size(28 * rng.uniform(0.95, 1.05), 72)
-        face.set_text(GLYPHS[label], rng.normal(0, 2))
-        face.draw_glyphs_to_bitmap()
-        glyph = face.get_image()[:32, :32]  # [h, w] uint8
-        h, w = glyph.shape
-        top = np.clip(round((32 - h) / 2 + rng.uniform(-1, 1)), 0, 32 - h)
-        left = np.clip(round((32 - w) / 2 + rng.uniform(-1, 1)), 0, 32 - w)
-        canvas[i, top:top + h, left:left + w] = glyph
-    images = canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5))
-    return images.round().astype(np.uint8), labels
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def show(text, keep=True):
@@ -861,58 +767,131 @@ def explained(what):
         stop(f"{what}: {error or type(error).__name__}")
 
 
-@contextlib.contextmanager
-def naming(path):
-    """Any failure to read the file becomes a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:  # the readers fail in many ways
-        raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
+class Dataset:
+    """Images [N, C, H, W], uint8 or float32, with labels [N] and their names where there are any.
+
+    x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats (latents, representations)
+             to mean 0 and standard deviation 1 in each channel
+    bound    the largest |x0|, for samplers to clip at
+    turns    without labels, the quarter turns that the classifier is to tell apart
+    """
+
+    def __init__(self, images, labels=None, names=None):
+        self.images = images = torch.from_numpy(np.ascontiguousarray(images))
+        if images.dim() != 4 or 0 in images.shape or len(images) < 20:
+            raise ValueError(f"images have shape {list(images.shape)}; needed are 20 or more, "
+                             "[N, C, H, W] or [N, H, W, C]")
+        self.is_pictures, self.bound = images.dtype == torch.uint8, 1.0
+        self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)
+        if not self.is_pictures:
+            mean = images.mean(dim=(0, 2, 3), dtype=torch.float64)  # exact for a constant channel
+            self.shift = mean.float()[:, None, None]  # [C, 1, 1]
+            self.scale = images.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
+            self.bound = ((images - self.shift) / self.scale).abs().max().item()
+            if not math.isfinite(self.bound):
+                raise ValueError("the data hold NaN or infinite values; all must be finite")
+        self.turns = [0, 1, 2, 3] if images.shape[2] == images.shape[3] else [0, 2]
+        self.labels, self.names, self.num_classes = None, [], len(self.turns)
+        if labels is not None:
+            if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+                raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
+                                 f"integer for each of the {len(images)} images")
+            values, labels = np.unique(labels, return_inverse=True)
+            self.labels, self.num_classes = torch.from_numpy(labels), len(values)
+            self.names = [str(value) if names is None else names[value] for value in values]
+
+    def __len__(self):
+        return len(self.images)
+
+    def x0(self, index):
+        x0 = (self.images[index].float() - self.shift) / self.scale  # [B, C, H, W]
+        return x0.contiguous(memory_format=torch.channels_last)
+
+    def batches(self, count):
+        """Yields x0 [<=256, C, H, W] of the first `count` images."""
+        for index in torch.arange(min(count, len(self)), device=self.images.device).split(256):
+            yield self.x0(index)
+
+    def round(self, x0):
+        """What x0 becomes when it is stored as an image: floats stay as they are."""
+        return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
+
+    def map(self, convert):
+        """A copy with convert(name, tensor) in the place of every tensor."""
+        other = copy.copy(self)
+        vars(other).update({name: convert(name, value) for name, value in vars(self).items()
+                            if torch.is_tensor(value)})
+        return other
+
+    def split(self):
+        """(training, held-out): a fifth of the images, at most 4,096, the same in every run."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        held_out, training = order.tensor_split([min(len(self) // 5, 4096)])
+        return [self.map(lambda name, value, index=index:  # shift and scale stay those of all
+                         value[index] if name in ("images", "labels") else value)
+                for index in (training, held_out)]
+
+
+def draw_glyphs(num_images, seed=0):
+    """Characters in random DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
+
+    Returns images [N, 1, 16, 16] uint8, white on black, and labels [N]: positions in GLYPHS.
+    """
+    rng = np.random.default_rng(seed)
+    share = 1 / np.arange(1, len(GLYPHS) + 1)  # Zipf's law
+    labels = rng.choice(len(GLYPHS), num_images, p=share / share.sum())
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    faces = [FT2Font(str(folder / f"DejaVu{face}.ttf")) for face in ("Sans-Bold", "Serif-Bold")]
+    canvas = np.zeros((num_images, 32, 32), np.float32)  # twice the final resolution
+    for i, label in enumerate(labels):
+        face = faces[rng.integers(len(faces))]
+        face.set_size(28 * rng.uniform(0.95, 1.05), 72)
+        face.set_text(GLYPHS[label], rng.normal(0, 2))
+        face.draw_glyphs_to_bitmap()
+        glyph = face.get_image()[:32, :32]  # [h, w] uint8
+        h, w = glyph.shape
+        top = np.clip(round((32 - h) / 2 + rng.uniform(-1, 1)), 0, 32 - h)
+        left = np.clip(round((32 - w) / 2 + rng.uniform(-1, 1)), 0, 32 - w)
+        canvas[i, top:top + h, left:left + w] = glyph
+    images = canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5))
+    return images.round().astype(np.uint8), labels
 
 
 def read_idx(path):
     """An array of unsigned bytes from a file of the MNIST format, gzipped or not."""
-    with naming(path):
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        if data[:3] != b"\0\0\x08":
-            raise ValueError("not an idx file of unsigned bytes")
-        shape = np.frombuffer(data, ">u4", data[3], 4)
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+    data = path.read_bytes()
+    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"{path.name} is no idx file of unsigned bytes")
+    shape = np.frombuffer(data, ">u4", data[3], 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 def read_idx_folder(files):
     """The training pair of the folder, where it has one, else all pairs."""
-    files = [f for f in files if f.name.startswith("train")] or files
     images, labels = [], []
-    for path in files:
+    for path in [file for file in files if file.name.startswith("train")] or files:
         images.append(read_idx(path))
         twin = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
         twins = [path.with_name(twin), path.with_name(f"{twin}.gz")]
         labels += [read_idx(file) for file in twins if file.exists()][:1]
-    if len({a.shape[1:] for a in images}) > 1 or images[0].ndim != 3:
-        raise ValueError(f"image files of unequal or unknown size: {[a.shape for a in images]}")
-    return np.concatenate(images)[:, None], np.concatenate(labels) if labels else None, None
+    return np.concatenate(images)[:, None], np.concatenate(labels) if labels else None
 
 
 def read_image_folder(folder, files):
     """Images of one size; the classes are the sub-folders, where there are any."""
     images = []
     for path in files:
-        with naming(path):
+        try:
             image = matplotlib.image.imread(path)  # [H, W] or [H, W, C]; floats from PNG
-        if image.dtype.kind == "f":
-            image = (image * 255).round()
-        elif image.dtype == np.uint16:
-            image = image // 257
-        image = image.astype(np.uint8).reshape(*image.shape[:2], -1)
+        except Exception as error:  # the readers fail in many ways
+            raise ValueError(f"{path} is no readable image: {error}") from error
+        scale = {"f": 255, "u": 1}[image.dtype.kind] / (257 if image.dtype == np.uint16 else 1)
+        image = np.atleast_3d(image * scale).round().astype(np.uint8)
         images.append(image[:, :, :1 if image.shape[2] == 2 else 3])  # no transparency
-        if image.shape[:2] != images[0].shape[:2]:
-            raise ValueError(f"{path} has height and width {image.shape[:2]}, {files[0]} has "
-                             f"{images[0].shape[:2]}; all must have one size")
-    channels = max(i.shape[2] for i in images)  # a grey image among colour images becomes colour
+    channels = max(image.shape[2] for image in images)  # grey among colour becomes colour
     images = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
-    classes = [str(f.parent.relative_to(folder)) for f in files]
+    classes = [str(path.parent.relative_to(folder)) for path in files]
     names = sorted(set(classes))
     labels = np.array([names.index(c) for c in classes]) if len(names) > 1 else None
     return images.transpose(0, 3, 1, 2), labels, names
@@ -920,33 +899,32 @@ def read_image_folder(folder, files):
 
 def read_npz(path):
     """`images` [N, C, H, W] or [N, H, W, C], told apart by the two equal sizes or the least one."""
-    with naming(path), np.load(path, allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file:
         images, labels = file["images"], file["labels"] if "labels" in file else None
     if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() <= 255:
         images = images.astype(np.uint8)
-    elif images.dtype.kind != "f":
-        raise ValueError(f"images are {images.dtype}; allowed are integers from 0 to 255, floats")
-    if images.ndim == 4:
-        _, a, b, c = images.shape
-        if a == b != c or (b != c and c < a):
-            images = images.transpose(0, 3, 1, 2)
-    return images, labels, None
+    elif images.dtype.kind == "f":
+        images = images.astype(np.float32)
+    else:
+        raise ValueError(f"images are {images.dtype}; allowed are floats, integers from 0 to 255")
+    a, b, c = images.shape[1:]
+    last = a == b != c or (b != c and c < a)
+    return images.transpose(0, 3, 1, 2) if last else images, labels
 
 
 def download(name):
-    """The folder that holds a data set of DOWNLOADS, fetched where it is not there yet."""
+    """The folder of a data set of DOWNLOADS, fetched where it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", name)
     cache.mkdir(parents=True, exist_ok=True)
     address, files = DOWNLOADS[name]
     for file, digest in files.items():
         if not (cache / file).exists():
-            with naming(address + file):
-                torch.hub.download_url_to_file(address + file, str(cache / file), digest)
+            torch.hub.download_url_to_file(address + file, str(cache / file), digest)
     return cache
 
 
 def load_data(source):
-    """The Dataset behind --data."""
+    """The Dataset behind --data; whatever is wrong with it is an exception of some kind."""
     if source == "glyphs":
         return Dataset(*draw_glyphs(24_096), names=list(GLYPHS))
     path = download(source) if source in DOWNLOADS else Path(source)
@@ -958,16 +936,16 @@ def load_data(source):
         return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
     if path.suffix == ".npz":
         return Dataset(*read_npz(path))
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
-    pictures = [f for f in files if f.suffix.lower() in (
-        ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")]
-    idx = {str(f).removesuffix(".gz"): f for f in files if "idx3" in f.name and f not in pictures}
-    if idx:  # of a gzipped twin only one
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    idx = {str(file).removesuffix(".gz"): file for file in files
+           if "idx3" in file.name and file not in pictures}  # of a gzipped twin only one
+    if not idx and not pictures:
+        raise ValueError(f"no data there; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder of "
+                         "idx files or of images, and an .npz file")
+    if idx:
         return Dataset(*read_idx_folder(list(idx.values())))
-    if pictures:
-        return Dataset(*read_image_folder(path, pictures))
-    raise ValueError(f"no data there; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder of idx "
-                     "files or of images, and an .npz file")
+    return Dataset(*read_image_folder(path, pictures))
 
 
 # ==================================================================================================
@@ -995,14 +973,17 @@ class Classifier(nn.Module):
         return features, self.logits(features).softmax(1)
 
 
-def train_classifier(data, num_steps=500, batch_size=128):
-    """A Classifier of the data, the same for every seed and method.
+def train_classifier(net, data, num_steps=500, batch_size=128):
+    """Trains a Classifier on the data, to the same one for every seed and method.
 
     Classes are drawn equally often, so that rare ones are read as well as frequent ones. Where
     there are no labels it learns by how many quarter turns an image was rotated.
     """
     torch.manual_seed(0)
-    net, weight = Classifier(data.images.shape[1], data.num_classes), torch.ones(len(data))
+    for layer in net.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    weight = torch.ones(len(data))
     if data.labels is not None:
         weight = 1 / data.labels.bincount()[data.labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
@@ -1019,7 +1000,6 @@ def train_classifier(data, num_steps=500, batch_size=128):
         F.cross_entropy(net.logits(net.features(x0)), label).backward()
         optimizer.step()
         schedule.step()
-    return net.eval()
 
 
 def frechet_distance(mean1, cov1, mean2, cov2):
@@ -1112,16 +1092,14 @@ def measure(features, probs, real, num_bootstrap=20):
 # ==================================================================================================
 # Rows
 # ==================================================================================================
-# A row is a dict of what is known of one set of weights at one step: plain typed values. It says
-# whose weights: `name` is raw, real, "0.99" or "0.99 debiased", and `samples` how they were used,
-# "2048 by dpm++ in 24 steps" or "" in the log. (step, name, samples) is its key. Rows are stored in
-# metrics.jsonl and nowhere else, and are all that tables, pictures and reports see.
+# A row is a dict of plain values: what is known of one set of weights at one step. `name` says
+# which weights: raw, "0.99" or "0.99 debiased" (or real: held-out images); `samples` how they were
+# used: "2048 by dpm++ in 24 steps", or "" in the log. (step, name, samples) is its key. Rows live
+# in metrics.jsonl and nowhere else; tables, pictures and reports see nothing but rows.
 
 BETTER = {  # 1: lower is better, -1: higher, 0: nearer to 1
     "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
     "covered_modes": -1, "legible": -1, "held_out_loss": 1}
-
-
 HELD_OUT = "512 held-out images"  # `samples` of the rows that --decay auto chooses from
 CANDIDATES = (  # and their decays: the ladder's range, in round numbers
     "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
@@ -1142,12 +1120,16 @@ def read_rows(folder):
     return rows
 
 
+def known(rows):
+    """The metrics that are in any of the rows."""
+    return [metric for metric in BETTER if any(metric in row for row in rows)]
+
+
 def cost(row, metric):
     """A metric turned so that lower is better; what is not known comes last."""
-    value = row.get(metric)
-    if value is None or math.isnan(value):
-        return math.inf
-    return BETTER[metric] * value if BETTER[metric] else abs(value - 1)
+    value = row.get(metric, math.nan)
+    value = BETTER[metric] * value if BETTER[metric] else abs(value - 1)
+    return math.inf if math.isnan(value) else value
 
 
 def best(rows, metric):
@@ -1155,10 +1137,9 @@ def best(rows, metric):
 
 
 def chosen(rows, step):
-    """The row of the average that has the lowest held-out loss at a step; None if none is known."""
-    rows = [row for row in rows if row["step"] == step and row["samples"] == HELD_OUT
-            and row["decay"] in CANDIDATES]
-    return best(rows, "held_out_loss") if rows else None
+    """The row of the average that has the lowest held-out loss at a step."""
+    return best([row for row in rows if row["step"] == step and row["samples"] == HELD_OUT
+                 and row["decay"] in CANDIDATES], "held_out_loss")
 
 
 def clearly(better, worse, metric):
@@ -1167,21 +1148,18 @@ def clearly(better, worse, metric):
     return cost(worse, metric) - cost(better, metric) > spread
 
 
-def known(rows):
-    """The metrics that are in any of the rows."""
-    return [metric for metric in BETTER if any(metric in row for row in rows)]
-
-
-def cell(row, metric):
-    """20.4 ± 1.6: as many digits as the spread is worth; "-" where nothing is known."""
-    value, spread = row.get(metric), row.get(f"{metric}_sd")
-    if value is None:
-        return "-"
+def cell(row, field):
+    """What a table shows: 20.4 ± 1.6, as many digits as the spread is worth."""
+    value, spread = row.get(field), row.get(f"{field}_sd")
+    if value is None or isinstance(value, str):
+        return value or "-"
     if not spread or not math.isfinite(spread):
-        return f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     digits = math.floor(math.log10(spread))
     digits = max(0, -digits + (spread < 2 * 10**digits))
     return f"{value:.{digits}f} ± {spread:.{digits}f}"
+
+
 def print_table(header, lines, keys=2):
     """Prints texts as Markdown, at most 120 columns wide: what does not fit goes on in another
     table below, with the first `keys` columns again.
@@ -1198,20 +1176,16 @@ def print_table(header, lines, keys=2):
             print("| " + " | ".join(line[i].ljust(widths[i]) for i in table) + " |")
 
 
-def print_rows(rows):
-    """The table of the metrics, the best of a step in bold."""
-    metrics, lines = known(rows), []
+def print_rows(rows, fields):
+    """A table of rows, the best of a step in bold."""
+    lines = []
     for row in rows:
-        line = [str(row["step"]), row["name"],
-                f"{row['horizon']:,.0f}" if "horizon" in row else "-",
-                f"{row['init_share']:.2g}" if "init_share" in row else "-"]
         peers = [r for r in rows if r["step"] == row["step"] and r["name"] != "real"]
-        for metric in metrics:
-            first = row["name"] != "real" and cost(row, metric) == cost(best(peers, metric), metric)
-            line.append(f"**{cell(row, metric)}**" if first else cell(row, metric))
-        lines.append(line)
-    print_table(["step", "weights", "horizon", "init share",
-                 *(metric.replace("_", " ") for metric in metrics)], lines)
+        first = {field for field in fields if field in BETTER and row in peers
+                 and cost(row, field) == cost(best(peers, field), field) < math.inf}
+        lines.append([str(row["step"]), row["name"]] + [
+            f"**{cell(row, field)}**" if field in first else cell(row, field) for field in fields])
+    print_table(["step", "weights", *(field.replace("_", " ") for field in fields)], lines)
 
 
 # ==================================================================================================
@@ -1219,25 +1193,15 @@ def print_rows(rows):
 # ==================================================================================================
 
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
-PARTS = ("model", "optimizer", "ema", "classifier")  # of a Run, with a state_dict
+# What a run cannot change half-way.
+FIXED = ("preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective",
+         "schedule")
 
 
 def seed_of(purpose, seed, index=0):
     """A 32-bit seed for "init", "train" (index: the step) or "sample" (index: the first image)."""
     stream = ("init", "train", "sample").index(purpose)
     return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
-
-
-def join_processes():
-    """(rank, number of processes, device): a GPU where there is one; torchrun starts several."""
-    rank, world, index = (int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
 
 
 def gathered(values):
@@ -1249,53 +1213,41 @@ def gathered(values):
     return [value for part in parts for value in part]
 
 
+def saved_steps(folder):
+    """{step: path} of the checkpoints in a folder."""
+    return {int(path.stem[11:]): path for path in folder.glob("checkpoint-*.pt")
+            if path.stem[11:].isdigit()}
+
+
 def load_checkpoint(path, mmap=False):
     with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if {"settings", "step", "running", "classifier", "ema"} <= set(checkpoint):
+        if {"settings", "step", "running", "kept", "ema"} <= checkpoint.keys():
             return checkpoint
-    raise ValueError(f"{path} is not a checkpoint of this program; delete it, or choose another "
-                     "--out")
-
-
-def saved_steps(folder, mmap=True):
-    """{step: path} of the checkpoints of a run: of its stages, and of where it was interrupted."""
-    paths = {int(path.stem[11:]): path for path in folder.glob("checkpoint-*.pt")
-             if path.stem[11:].isdigit()}
-    last = folder / "checkpoint.pt"
-    return paths | ({load_checkpoint(last, mmap)["step"]: last} if last.exists() else {})
+    raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
 
 
 def load_features(file, data):
-    """The network in --features: a function x0 [B, C, H, W] -> features [B, D].
-
-    It is TorchScript and takes uint8 [B, 3, H, W]. ValueError if it does not fit.
-    """
-    if not (data.is_pictures and data.images.shape[1] in (1, 3)):
-        raise ValueError("it takes pictures with 1 or 3 channels, no other data")
+    """The network in --features, TorchScript: a function x0 [B, C, H, W] -> features [B, D]."""
     network = torch.jit.load(file, map_location=data.images.device).eval()
-    wants = "return_features" in {a.name for a in network.forward.schema.arguments}
+    wanted = {"return_features"} & {a.name for a in network.forward.schema.arguments}  # Inception
 
     @torch.no_grad()
     def features_of(x0):
         images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        return (network(images, return_features=True) if wants else network(images)).float()
+        return network(images, **dict.fromkeys(wanted, True)).float()
 
     made = features_of(next(data.batches(2)))
-    if made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
-        raise ValueError(f"it makes {list(made.shape)} of two images; needed are finite [2, D]")
+    if not data.is_pictures or made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
+        raise ValueError(f"it makes {list(made.shape)} of two images; needed are finite [2, D], of "
+                         "pictures with 1 or 3 channels")
     return features_of
 
 
-def flatten(model):
-    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])  # [P]
-
-
 def sketch(moved, size=64):
-    """A fixed random linear map of θ - θ_0 [P] to [size], to six digits.
+    """A fixed random linear map of θ - θ_0 [P] to [size], from which trajectories are drawn.
 
-    A count sketch (Charikar et al. 2002): it keeps distances to about 1 / (2 size)^½, 9%, so that
-    trajectories of the weights can be drawn from it.
+    A count sketch (Charikar et al. 2002): it keeps distances to about 1 / (2 size)^½, 9%.
     """
     signs = 2 * torch.randint(2, moved.shape, generator=torch.Generator().manual_seed(0)) - 1
     folded = F.pad(moved * signs.to(moved), (0, -len(moved) % size)).view(-1, size).sum(0)
@@ -1303,7 +1255,7 @@ def sketch(moved, size=64):
 
 
 def stability(rows, raw):
-    """How the held-out loss of the log's rows settled, beside that of the raw weights.
+    """Of the log's rows of some weights and of the raw ones, how the held-out loss settled.
 
     wobble: its standard deviation over the last quarter of the steps about a straight line, so
     that a loss that still falls does not count as one that wobbles; None of fewer than 3 rows.
@@ -1311,9 +1263,9 @@ def stability(rows, raw):
     """
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
     level = np.mean([row["held_out_loss"] for row in raw if row["step"] >= late[0]["step"]])
-    steps, losses = np.array([(float(row["step"]), row["held_out_loss"]) for row in late]).T
-    line = np.polyfit(steps, losses, 1) if len(late) > 2 else None
-    return {"wobble": None if line is None else np.std(losses - np.polyval(line, steps)).item(),
+    steps, losses = np.array([(row["step"], row["held_out_loss"]) for row in late]).T
+    trend = np.polyval(np.polyfit(steps, losses, min(1, len(late) - 1)), steps)
+    return {"wobble": np.std(losses - trend).item() if len(late) > 2 else None,
             "reached": next((r["step"] for r in rows if r["held_out_loss"] <= level), None)}
 
 
@@ -1321,61 +1273,62 @@ class Run:
     """One training run and all that belongs to it; its rows are what leaves it.
 
     settings   what the flags and the preset say, see SETTINGS and PRESETS
-    saved      {step: path} of its checkpoints; one holds all of the run but its rows
-    rows       {key: row}, what metrics.jsonl holds
+    saved      {step: path} of its checkpoints: one holds all of the run but its rows
+    rows       {key: row} of metrics.jsonl
 
-    Under torchrun every process has the same weights, averages and rows; it trains on its share of
-    each batch and evaluates its share of the rows. Rank 0 writes.
+    Under torchrun every process has the same weights, averages and rows, trains on its share of
+    each batch and evaluates its share of the rows; rank 0 writes.
     """
+
+    PARTS = ("model", "optimizer", "ema", "classifier")
 
     def __init__(self, settings):
         self.settings, self.out, self.step = settings, Path(settings.out), 0
-        self.rank, self.world, self.device = join_processes()
+        self.rank, self.world, index = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun starts several processes
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", index) if gpu else torch.device("cpu")
+        if self.world > 1 and not distributed.is_initialized():
+            distributed.init_process_group("nccl" if gpu else "gloo")
+            if gpu:
+                torch.cuda.set_device(self.device)
         with explained(f"--data {settings.data}"):
             data, held_out = load_data(settings.data).split()
-        channels = data.images.shape[1]
         settings.data_shape = [len(data), *data.images.shape[1:], data.num_classes]
-        self.data, self.held_out = data.to(self.device), held_out.to(self.device)
+        self.data, self.held_out = (part.map(lambda _, value: value.to(self.device))
+                                    for part in (data, held_out))
         torch.manual_seed(seed_of("init", settings.seed))
-        self.model = UNet(channels, **settings.network)
+        self.model = UNet(data.images.shape[1], **settings.network)
         self.model.to(self.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
-        self.parallel = self.model if self.world == 1 else (
-            nn.parallel.DistributedDataParallel(self.model))
+        self.parallel = self.model
+        if self.world > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.diffusion = Diffusion(settings.schedule, settings.objective)
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, fused=True)
-        self.ema, self.initial = EMABank(self.model, settings.tracked), flatten(self.model)
+        self.ema, self.initial = EMABank(self.model, settings.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
         self.held_out_loss(1)  # do the shapes fit?
-        self.samples = f"{settings.num_samples} by {settings.sampler} in {settings.sample_steps} steps"
-        self.features_of = None
         if settings.features:
-            self.samples += f", features {settings.features}"
             with explained(f"--features {settings.features}"):
                 self.features_of = load_features(settings.features, self.data)
+        probe = EMABank(nn.Linear(1, 1), settings.tracked)
+        for probe.step in settings.stage_steps:
+            for decay in settings.decay:
+                probe.error_bound(decay)  # can it be read there?
         self.out.mkdir(parents=True, exist_ok=True)
         self.rows, self.saved = read_rows(self.out), saved_steps(self.out)
-        if self.saved or self.rank:
-            self.classifier = Classifier(channels, data.num_classes)
-        else:  # on the CPU: there two runs come to the same one
-            show("training the classifier whose features the metrics use", keep=False)
-            self.classifier = train_classifier(data)
+        self.kept = {*settings.stage_steps, settings.steps}  # checkpoints that stay
+        self.classifier = Classifier(data.images.shape[1], data.num_classes)
         if self.saved:
             self.load(max(self.saved))
-        self.classifier.load_state_dict(gathered([self.classifier.state_dict()])[0])
+        else:  # on the CPU: there two runs come to the same one
+            show("training the classifier whose features the metrics use", keep=False)
+            train_classifier(self.classifier, data)
         self.classifier.to(self.device).eval()
-        self.check_decays()
 
-    def check_decays(self):
-        """ValueError where a decay can't be read at a stage: it is not tracked, nor in the ladder."""
-        probe = EMABank(nn.Linear(1, 1), self.settings.tracked)
-        for probe.step in self.settings.stage_steps:
-            for decay in self.settings.decay:
-                try:
-                    probe.error_bound(decay)
-                except ValueError as error:
-                    raise ValueError(f"{error}; a run with another --out can track it") from None
-
-    # Training -------------------------------------------------------------------------------------
+    def vector(self):
+        """All weights that the model has at the moment, [P]."""
+        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
 
     def network(self, x, t):
         """The model, in bfloat16 on a GPU; gradients are averaged over the processes."""
@@ -1394,7 +1347,7 @@ class Run:
         eps = torch.randn_like(x0)
         share = (part.tensor_split(self.world)[self.rank] for part in (x0, t, eps))
         loss = self.diffusion.loss(self.network, *share).sum() / s.batch_size
-        (loss * self.world).backward()  # the processes' gradients are averaged, not summed
+        (loss * self.world).backward()  # gradients are averaged over the processes, not summed
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         rate = s.lr * min(1, (self.step + 1) / s.warmup)
         if s.cooldown:
@@ -1407,11 +1360,11 @@ class Run:
         loss = loss.detach()
         if self.world > 1:
             distributed.all_reduce(loss)
-        self.running += torch.stack([loss, norm, torch.ones_like(norm)])
+        self.running += torch.stack([loss, norm, torch.ones_like(loss)])
         self.step += 1
 
     def train(self, until):
-        """Trains to step `until`, or loads what an earlier call kept of that stage.
+        """Trains to step `until`, or loads what an earlier call kept of it.
 
         First log and save, then one step, so that the last step is no special case.
         """
@@ -1428,8 +1381,8 @@ class Run:
                 stop(f"training diverged before step {self.step}; a lower --lr may help")
             if logs:
                 self.log()
-            if saves:
-                self.save(stage=self.step == until)
+            if saves and self.step not in self.saved:
+                self.save()
             if self.step == until:
                 return
             self.train_step()
@@ -1439,61 +1392,58 @@ class Run:
         """Adds the rows of the log, unless an interrupted call has done so."""
         s = self.settings
         loss, norm, count = self.running.tolist()
-        if self.step % s.log_every == 0:  # so that a run that is trained on has the same means
+        if self.step % s.log_every == 0:  # else the run may be trained on, with the same means
             self.running.zero_()
         if (self.step, "raw", "") in self.rows:
             return
-        seconds, steps = time.perf_counter() - self.since[0], self.step - self.since[1]
         self.model.eval()
         for name in self.names(self.ema.decays):
             with self.weights(name):
                 row = self.row(name, held_out_loss=self.held_out_loss(128))
-                moved = flatten(self.model) - self.initial
-            rows = [r for r in self.rows.values() if r["samples"] == "" and r["name"] == name
-                    and r["step"] < self.step and r["step"] % s.log_every == 0] + [row]
+                moved = self.vector() - self.initial
+            log = [r for r in self.rows.values() if r["samples"] == "" and r["name"] == name
+                   and r["step"] < self.step and r["step"] % s.log_every == 0] + [row]
             if name == "raw":
-                raw_moved, raw_rows = moved, rows
+                raw_moved, raw_log = moved, log
                 row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
             row |= {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
                     "distance_raw": (moved - raw_moved).norm().item()}
-            self.add(row | stability(rows, raw_rows))
+            self.add(row | stability(log, raw_log))
         self.model.train()
+        seconds, steps = time.perf_counter() - self.since[0], self.step - self.since[1]
         if steps:
-            left = (s.steps - self.step) * seconds / steps / 60
             show(f"step {self.step}/{s.steps}  loss {loss / count:.4f}  "
-                 f"{steps * s.batch_size / seconds:.0f} images/s  {left:.1f} min left",
+                 f"{steps * s.batch_size / seconds:.0f} images/s  "
+                 f"{(s.steps - self.step) * seconds / steps / 60:.1f} min left",
                  keep=not sys.stdout.isatty() or self.step == s.steps)
         self.since = time.perf_counter(), self.step
 
-    def save(self, stage):
-        path = self.out / (f"checkpoint-{self.step}.pt" if stage else "checkpoint.pt")
-        if self.saved.get(self.step) == path:
-            return
-        state = {name: getattr(self, name).state_dict() for name in PARTS}
-        state |= {"step": self.step, "settings": vars(self.settings), "running": self.running}
+    def save(self):
+        """Keeps the present step; the checkpoint before goes, unless it is of a stage."""
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state |= {"step": self.step, "running": self.running, "kept": sorted(self.kept),
+                  "settings": vars(self.settings)}
+        old = [self.saved.pop(step) for step in [*self.saved] if step not in self.kept]
+        self.saved[self.step] = self.out / f"checkpoint-{self.step}.pt"
         if self.rank == 0:
-            with replacing(path) as temporary:
+            with replacing(self.saved[self.step]) as temporary:
                 torch.save(state, temporary)
-            if stage:
-                (self.out / "checkpoint.pt").unlink(missing_ok=True)
-        self.saved = {step: other for step, other in self.saved.items() if other.stem[10:]}
-        self.saved[self.step] = path
+            for path in old:
+                path.unlink(missing_ok=True)
 
     def load(self, step):
         state, ours = load_checkpoint(self.saved[step]), vars(self.settings)
-        for name in (*FIXED, "data_shape"):
+        for name in FIXED:
             if state["settings"][name] != ours[name]:
-                raise ValueError(f"{self.saved[step]} is of another run: {name} "
-                                 f"{state['settings'][name]} there, {ours[name]} here")
-        for name in PARTS:
+                raise ValueError(f"the run in {self.out} has {name} {state['settings'][name]}, not "
+                                 f"{ours[name]}; leave that out, or choose another --out")
+        for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         self.running.copy_(state["running"])
-        self.step = state["step"]
-
-    # Evaluation -----------------------------------------------------------------------------------
+        self.step, self.kept = step, self.kept | {*state["kept"]}
 
     def names(self, decays):
-        """raw, and these averages: debiased as well where the initial weights weigh anything."""
+        """raw and these averages, debiased as well where the initial weights weigh anything."""
         names = ["raw"]
         for decay in decays:
             names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
@@ -1507,7 +1457,7 @@ class Run:
         return self.ema.applied(decay, debias=decay != name)
 
     def row(self, name, samples="", **values):
-        """What a row always says: whose weights, and what their decay means at this step."""
+        """What every row says: whose weights, and what their decay means at this step."""
         decay = name.removesuffix(" debiased")
         row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
                "debiased": decay != name}
@@ -1527,7 +1477,7 @@ class Run:
 
     @torch.no_grad()
     def held_out_loss(self, num_images):
-        """Mean loss on fixed images, noise and times spread evenly over 0..T-1, equal in all rows."""
+        """Mean loss on fixed images, noise and times spread evenly over 0..T-1."""
         x0 = torch.cat([*self.held_out.batches(num_images)])
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
         t = torch.linspace(0, self.diffusion.num_steps - 1, len(x0), device=x0.device)
@@ -1555,7 +1505,7 @@ class Run:
         features, probs, count = [], [], 0
         for x0 in batches:
             own, prob = self.classifier(x0)
-            features.append(self.features_of(x0) if self.features_of else own)
+            features.append(self.features_of(x0) if self.settings.features else own)
             probs.append(prob)
             count += len(x0)
             show(f"step {self.step}, {what}: {count} images", keep=False)
@@ -1564,109 +1514,89 @@ class Run:
     @functools.cached_property
     def reference(self):
         """What samples are compared with, see `measure`."""
-        count = self.settings.num_samples
-        features, _ = self.features(self.data.batches(max(count, 10_000)), "training images")
-        shares = None
-        if self.data.labels is not None:
-            labels = self.data.labels.bincount(minlength=self.data.num_classes)
-            shares = labels.double() / len(self.data)
+        count, data = self.settings.num_samples, self.data
+        features, _ = self.features(data.batches(max(count, 10_000)), "training images")
         weight = torch.ones(len(features), dtype=torch.float64, device=self.device)
+        shares = None if data.labels is None else data.labels.bincount().double() / len(data)
         return {"moments": moments(features, weight), "features": features[:count], "shares": shares}
 
-    def rated(self, name):
+    def measured(self, name, samples):
+        """The row of some weights: their held-out loss, or how good their samples are."""
         with self.weights(name):
-            return self.row(name, HELD_OUT, held_out_loss=self.held_out_loss(512))
-
-    def measured(self, name):
-        count = self.settings.num_samples
-        with self.weights(name):
-            batches = self.held_out.batches(count) if name == "real" else self.draw(count)
-            metrics = measure(*self.features(batches, name), self.reference)
-        if self.features_of:
+            if samples == HELD_OUT:
+                return self.row(name, samples, held_out_loss=self.held_out_loss(512))
+            batches = self.held_out.batches if name == "real" else self.draw
+            metrics = measure(*self.features(batches(self.settings.num_samples), name),
+                              self.reference)
+        if self.settings.features:
             metrics = {metric.replace("fd", "fid"): value for metric, value in metrics.items()}
-        return self.row(name, self.samples, **metrics)
+        if loss := self.rows.get((self.step, name, HELD_OUT)):
+            metrics["held_out_loss"] = loss["held_out_loss"]
+        return self.row(name, samples, **metrics)
 
-    def in_turn(self, what, names, samples, work):
-        """Adds work(name) for each name whose row is lacking, as many at once as are processes."""
+    def complete(self, names, samples):
+        """Adds the rows that are lacking, as many at once as there are processes; were there any?"""
         names = [name for name in names if (self.step, name, samples) not in self.rows]
         start = time.perf_counter()
         for i in range(0, len(names), self.world):
-            for row in gathered([work(name) for name in names[i:i + self.world][self.rank:][:1]]):
+            mine = names[i:i + self.world][self.rank:][:1]
+            for row in gathered([self.measured(name, samples) for name in mine]):
                 self.add(row)
             done = min(i + self.world, len(names))
             left = (time.perf_counter() - start) / done * (len(names) - done) / 60
-            show(f"step {self.step}, {what}: {done} of {len(names)} rows, {left:.1f} min left",
+            show(f"step {self.step}, {samples}: {done} of {len(names)} rows, {left:.1f} min left",
                  keep=done == len(names))
-        return names
+        return bool(names)
 
     def evaluate(self):
         """Adds the rows that the table lacks at this step."""
-        s = self.settings
+        s, picture = self.settings, self.out / "samples.png"
         self.model.eval()
-        candidates = self.names(dict.fromkeys([*CANDIDATES, *s.decay]))
-        self.in_turn("held-out loss", candidates, HELD_OUT, self.rated)
-        names = ["real", *self.names(s.decay)]
+        self.complete(self.names(dict.fromkeys([*CANDIDATES, *s.decay])), HELD_OUT)
+        names = dict.fromkeys(["real", *self.names(s.decay)])
         if s.auto:
-            names.append(chosen(self.rows.values(), self.step)["name"])
-        names = list(dict.fromkeys(names))
-        lacked = self.in_turn("samples", names, self.samples, self.measured)
-        if self.rank == 0 and (lacked or not (self.out / "samples.png").exists()):
-            pictures = []
+            names[chosen(self.rows.values(), self.step)["name"]] = None
+        if (self.complete(names, s.samples) or not picture.exists()) and self.rank == 0:
+            lines = []
             for name in names:
                 with self.weights(name):
                     x0 = next(self.data.batches(16) if name == "real" else self.draw(16))
-                pictures.append((self.rows[self.step, name, self.samples], x0[:16].cpu()))
-            plot_samples(self.out / "samples.png", self.data, pictures)
+                lines.append((self.rows[self.step, name, s.samples], x0.cpu()))
+            plot_samples(picture, lines)
 
     def describe(self):
         """What will run, and what follows from it."""
-        s, data = self.settings, self.data
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        modes = "no labels" if data.labels is None else f"{len(data.names)} modes"
-        print(f"data       {s.data}: {len(data):,} training and {len(self.held_out):,} held-out images "
-              f"{list(data.images.shape[1:])}, {modes}\n"
-              f"network    UNet, {millions:.2f} M parameters, on {self.world} x {self.device.type}\n"
-              f"training   {s.steps:,} steps of {s.batch_size} images, {s.objective} on the "
-              f"{s.schedule} schedule, Adam {s.lr:g}, seed {s.seed}")
+        s, count = self.settings, sum(p.numel() for p in self.model.parameters())
+        print(f"{s.data}: {len(self.data):,} training and {len(self.held_out):,} held-out images "
+              f"{list(self.data.images.shape[1:])}, {len(self.data.names) or 'no'} modes\n"
+              f"{s.steps:,} steps of {s.batch_size} images, {s.objective} on the {s.schedule} path, "
+              f"UNet of {count:,} parameters on {self.world} x {self.device.type}, seed {s.seed}")
         for decay in s.decay:
             log = log_decays(decay, torch.arange(1, s.steps + 1, dtype=torch.float64))
-            print(f"EMA        {decay}: horizon {-1 / math.expm1(log[-1]):,.0f} steps, half-life "
-                  f"{-math.log(2) / log[-1] * s.batch_size:,.0f} images, init share at the end "
+            print(f"EMA {decay}: at the end horizon {-1 / math.expm1(log[-1]):,.0f} steps, half-life "
+                  f"{-math.log(2) / log[-1] * s.batch_size:,.0f} images, init share "
                   f"{log.sum().exp():.2g}")
-        print(f"evaluation {self.samples}, at steps {', '.join(map(str, s.stage_steps))}\n"
-              f"output     {self.out}", flush=True)
-
-    def report(self):
-        rows = [row for row in self.rows.values() if row["samples"] in ("", HELD_OUT, self.samples)]
-        log = [row for row in rows if row["samples"] == ""]
-        if log:
-            print_stability(log)
-            plot_curves(self.out / "curves.png", self.settings.data, log)
-        report([(vars(self.settings), rows)], self.out)
-        write_csv(self.out / "results.csv", self.rows.values())
+        print(f"at steps {', '.join(map(str, s.stage_steps))}: {s.samples}; all in {self.out}",
+              flush=True)
 
 
 # ==================================================================================================
 # Pictures and reports
 # ==================================================================================================
 
-RAMP, REAL, ALARM = matplotlib.colormaps["YlGnBu"], "#888888", "#c00000"
-TITLES = {
-    "fd": "Fréchet distance", "fid": "FID", "is": "Inception Score", "precision": "precision",
-    "recall": "recall", "tail_share": "mass of the rare modes / true mass", "decay": "decay",
-    "covered_modes": "modes covered", "legible": "share of legible images", "step": "training step",
-    "held_out_loss": "held-out loss", "horizon": "decay", "east": "", "north": ""}
+NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay", "step": "training step",
+         "tail_share": "mass of the rare modes / true mass", "east": "", "north": ""}
 
 
 class Panel(NamedTuple):
-    """y of the rows against x, a line for each value of `by`; inset: the last quarter of the steps."""
+    """y of the rows against x, a line for each value of `by`, through the rows in order of `along`."""
 
     title: str
     rows: list
     x: str
     y: str
     by: str
-    inset: bool = False
+    along: str = "horizon"
 
 
 def constant(rows):
@@ -1686,62 +1616,62 @@ def decay_axis(axis):
 
 
 def draw_panel(axis, panel):
-    """Raw is black, the others a ramp from light to dark; debiased averages are dashed, spreads a
-    band, real data a grey line. Rows that lack a value are left out.
+    """Raw is black, all else a ramp from light to dark; debiased averages are dashed, spreads a
+    band, real images a dotted line. Rows that lack a value are left out.
     """
-    rows = [row for row in panel.rows if None not in (row.get(panel.x), row.get(panel.y))]
-    if "horizon" in (panel.x, panel.y):
+    title, rows, x, y, by, along = panel
+    if "horizon" in (x, y):
         rows = constant(rows)
-    groups = list(dict.fromkeys(row[panel.by] for row in rows if row["name"] != "real"))
-    others = [group for group in groups if group != "raw"]
-    order = "step" if panel.by == "decay" or panel.x == "step" else "horizon"
-    for group in groups:
-        place = others.index(group) / max(len(others) - 1, 1) if group in others else 0
-        color = RAMP(0.35 + 0.65 * place) if group in others else "black"
-        label = f"step {group}" if panel.by == "step" else TITLES.get(group, group)
-        for debiased in (False, True):
-            line = [row for row in rows if row[panel.by] == group and row["name"] != "real"
-                    and row["debiased"] == debiased]
-            line.sort(key=lambda row: row[order])
-            x, y, spread = (np.array([row.get(field, 0) for row in line], float)
-                            for field in (panel.x, panel.y, f"{panel.y}_sd"))
-            axis.plot(x, y, "--" if debiased else "-", color=color, lw=1.3, marker=".", ms=4,
-                      label=label if line and not debiased else None)
-            axis.fill_between(x, y - spread, y + spread, color=color, alpha=0.15, lw=0)
-    for row in panel.rows:
-        if row["name"] == "real" and panel.y in row:
-            axis.axhline(row[panel.y], color=REAL, lw=0.8, ls=":")
-    axis.set(title=panel.title, xlabel=TITLES[panel.x], ylabel=TITLES[panel.y])
+    lines = {}  # (value of by, debiased) -> rows
+    for row in sorted((row for row in rows if None not in (row.get(x), row.get(y), row.get(along))),
+                      key=lambda row: row[along]):
+        lines.setdefault((row[by], row["debiased"]), []).append(row)
+    groups = [group for group in dict.fromkeys(row[by] for row in rows)
+              if group not in ("raw", "real")]
+    for (group, debiased), line in lines.items():
+        color = "black"
+        if group in groups:
+            place = groups.index(group) / max(len(groups) - 1, 1)
+            color = matplotlib.colormaps["YlGnBu"](0.35 + 0.65 * place)
+        across, value, spread = (np.array([row.get(field, 0) for row in line], float)
+                                 for field in (x, y, f"{y}_sd"))
+        label = f"step {group}" if by == "step" else NAMES.get(group, group)
+        axis.plot(across, value, "--" if debiased else "-", color=color, lw=1.3, marker=".", ms=4,
+                  label=None if debiased else label)
+        axis.fill_between(across, value - spread, value + spread, color=color, alpha=0.15, lw=0)
+    for row in rows:
+        if row["name"] == "real" and y in row:
+            axis.axhline(row[y], color="grey", lw=0.8, ls=":")
+    axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y.replace("_", " ")))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    if panel.y in ("fd", "fid", "held_out_loss"):
+    if y in ("fd", "fid", "held_out_loss"):
         axis.set_yscale("log")
-    for side, field in ((axis.xaxis, panel.x), (axis.yaxis, panel.y)):
+    for side, field in ((axis.xaxis, x), (axis.yaxis, y)):
         if field == "horizon":
             decay_axis(side)
 
 
-def draw(path, title, panels):
-    """A picture of panels, at most three in a row."""
+def save(figure, path):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+
+
+def draw(path, title, panels, inset=None):
+    """A picture of panels, at most three in a row; inset: one that is drawn into the first."""
     panels = [panel for panel in panels if any(panel.y in row for row in panel.rows)]
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
+    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     figure = Figure(figsize=(5.2 * columns, 3.9 * lines + 0.3), layout="constrained")
     figure.suptitle(title)
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels):
         draw_panel(axis, panel)
         axis.legend(frameon=False, fontsize=8)
-        if panel.inset:
-            late = 0.75 * max(row["step"] for row in panel.rows)
-            rows = [row for row in panel.rows if row["step"] >= late]
-            inner = axis.inset_axes([0.45, 0.5, 0.55, 0.5])
-            draw_panel(inner, panel._replace(title="the last quarter", rows=rows))
-            inner.set(xlabel="", ylabel="")
     for axis in axes[len(panels):]:
         axis.set_axis_off()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    if inset:
+        draw_panel(axes[0].inset_axes([0.5, 0.5, 0.5, 0.45], xlabel="", ylabel=""), inset)
+    save(figure, path)
 
 
 def plot_curves(path, title, rows):
@@ -1751,51 +1681,47 @@ def plot_curves(path, title, rows):
     plane = np.linalg.svd(sketches, full_matrices=False)[2][:2]  # [2, 64]
     for row, (east, north) in zip(plain, sketches @ plane.T):
         row |= {"east": east, "north": north}
+    loss = Panel("Averages lag at first, then they are ahead", rows, "step", "held_out_loss",
+                 "decay", "step")
+    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
     draw(path, title, [
-        Panel("Averages have the lower loss, once they forgot the start", rows, "step",
-              "held_out_loss", "decay", inset=True),
-        Panel("Raw weights wander, averages cut through", plain, "east", "north", "decay")])
+        loss, Panel("Raw weights wander, averages cut through", plain, "east", "north", "decay",
+                    "step")], inset=loss._replace(title="the last quarter", rows=late))
 
 
 def plot_sweep(path, title, rows, candidates):
     """sweep.png: the metrics against the decay, a line a stage, and the best decay of each stage."""
-    metrics, leaders = known(rows), []
-    for metric in metrics:
+    leaders = []
+    for metric in known(rows):
         for step in dict.fromkeys(row["step"] for row in rows):
             peers = [r for r in constant(rows) if r["step"] == step and r["name"] != "real"]
             leaders.append(best(peers, metric) | {"metric": metric, "debiased": False})
     draw(path, title, [
-        Panel("How far samples are from the data", rows, "horizon", metrics[0], "step"),
+        Panel("How far samples are from the data", rows, "horizon", known(rows)[0], "step"),
         Panel("Quality against variety, along the decays", rows, "recall", "precision", "step"),
         Panel("Whether rare modes starve", rows, "horizon", "tail_share", "step"),
         Panel("The loss that --decay auto goes by", candidates, "horizon", "held_out_loss", "step"),
-        Panel("The best decay at each stage", leaders, "step", "horizon", "metric")])
+        Panel("The best decay at each stage", leaders, "step", "horizon", "metric", "step")])
 
 
-def plot_samples(path, data, pictures):
-    """samples.png: for every (row, x0 [16, C, H, W]) a line of images, from the same noise."""
+def plot_samples(path, pictures):
+    """samples.png: a line of images for every (row, x0 [16, C, H, W]), from the same noise."""
     figure = Figure(figsize=(10, 0.58 * len(pictures) + 0.5))
     axes = figure.subplots(len(pictures), squeeze=False)[:, 0]
     for axis, (row, x0) in zip(axes, pictures):
-        x0 = x0.permute(0, 2, 3, 1)  # [N, H, W, C]
-        if data.is_pictures and x0.shape[3] in (1, 3):
-            x0 = (x0 + 1) / 2
-        else:  # the first channel, on its own scale
-            x0 = x0[..., :1]
-            x0 = (x0 - x0.amin()) / (x0.amax() - x0.amin()).clamp(min=1e-6)
-        strip = F.pad(x0.clamp(0, 1), (0, 0, 0, 1), value=1.0)  # white between images
-        axis.imshow(strip.transpose(0, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=1,
+        x0 = x0[:, :3 if x0.shape[1] == 3 else 1]  # of latents the first channel
+        strip = F.pad((x0 + 1) / 2, (0, 1, 0, 0), value=1.0).clamp(0, 1)  # white in between
+        axis.imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=1,
                     interpolation="nearest")
         axis.set_axis_off()
-        metric = known([row])[0]
-        text = [f"{TITLES[metric]} {cell(row, metric)}"]
-        text += [f"initial weights {row['init_share']:.0%}"] if row.get("init_share", 0) > 1e-3 else []
+        text = f"{NAMES[known([row])[0]]} {cell(row, known([row])[0])}"
+        if row.get("init_share", 0) > 1e-3:
+            text += f", initial weights {row['init_share']:.0%}"
         axis.text(-0.01, 0.5, row["name"], transform=axis.transAxes, ha="right", va="center")
-        axis.text(1.01, 0.5, ", ".join(text), transform=axis.transAxes, va="center", fontsize=8)
-    axes[0].set_title(f"Real images; below, the same noise through each set of weights at step "
-                      f"{pictures[0][0]['step']}", fontsize=11)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+        axis.text(1.01, 0.5, text, transform=axis.transAxes, va="center", fontsize=8)
+    axes[0].set_title(f"Step {row['step']}: real images, and what each set of weights makes of the "
+                      "same noise", fontsize=11)
+    save(figure, path)
 
 
 def pool(tables):
@@ -1805,77 +1731,46 @@ def pool(tables):
     """
     if len(tables) == 1:
         return tables[0]
-    by_key = {}
+    by_key, pooled = {}, []
     for row in [row for rows in tables for row in rows]:
         by_key.setdefault(key_of(row), []).append(row)
-    pooled = []
     for rows in by_key.values():
         if len(rows) == len(tables):
             row = {name: value for name, value in rows[0].items() if not name.endswith("_sd")}
             for name in known(rows):
-                values = [row.get(name) for row in rows]
-                if None not in values:
-                    row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
+                values = [row.get(name, math.nan) for row in rows]
+                row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
             pooled.append(row)
     return pooled
-
-
-def print_choices(seeds, samples):
-    """Whether the decay of the lowest held-out loss has the lowest Fréchet distance as well.
-
-    It agrees where the two are not clearly apart; seeds is {seed: rows}.
-    """
-    lines, metric = [], "fid" if "features" in samples else "fd"
-    for seed, rows in seeds.items():
-        table = [r for r in rows if r["samples"] == samples and r["name"] != "real"]
-        for step in dict.fromkeys(row["step"] for row in table):
-            choice = chosen(rows, step)
-            here = {row["name"]: row for row in table if row["step"] == step}
-            top, row = best(here.values(), metric), here.get(choice["name"])
-            verdict = "-" if row is None else "no" if clearly(top, row, metric) else "yes"
-            lines.append([str(step), str(seed), choice["name"], f"{choice['held_out_loss']:.4g}",
-                          "-" if row is None else cell(row, metric), top["name"],
-                          cell(top, metric), verdict])
-    print_table(["step", "seed", "lowest held-out loss", "its loss", f"its {metric}",
-                 f"best {metric} measured", f"best {metric}", "agree"], lines)
-
-
-def print_stability(rows):
-    """What the log's last rows say of each average: its loss, how it wobbles, how soon it fell."""
-    last = [row for row in rows if row["step"] == rows[-1]["step"]]
-    print_table(["step", "weights", "held-out loss", "wobble", "reaches raw at", "from initial",
-                 "from raw"],
-                [[str(row["step"]), row["name"], f"{row['held_out_loss']:.4g}",
-                  *("-" if row[name] is None else f"{row[name]:.4g}" for name in (
-                      "wobble", "reached", "distance_initial", "distance_raw"))] for row in last])
 
 
 def print_ranking(methods):
     """Which method is ahead, best first, at each decay: {letter: rows}.
 
-    Where the order of two differs from that at the best decay of each: ! if both differences are
-    outside of their spreads, ? if not.
+    Marked is an order of two that is another at the best decay of each: ! if they are clearly
+    apart at both, ? if not.
     """
     tables = {letter: {(r["step"], r["name"]): r for r in rows if r["name"] != "real"}
               for letter, rows in methods.items()}
-    common = [key for key in next(iter(tables.values())) if all(key in t for t in tables.values())]
-    metrics, lines = known(next(iter(methods.values()))), []
+    common = [key for key in tables["A"] if all(key in table for table in tables.values())]
+    metrics, lines = known(methods["A"]), []
+
+    def order(here, reference, metric):
+        letters = sorted(here, key=lambda letter: cost(here[letter], metric))
+        flipped = [(a, b) for i, a in enumerate(letters) for b in letters[i + 1:]
+                   if cost(reference[b], metric) < cost(reference[a], metric)]
+        clear = [clearly(here[a], here[b], metric) and clearly(reference[b], reference[a], metric)
+                 for a, b in flipped]
+        return "".join(letters) + ("!" if any(clear) else "?" if flipped else "")
+
     for step in dict.fromkeys(step for step, _ in common):
         names = [name for other, name in common if other == step]
         at_best = {metric: {letter: best([table[step, name] for name in names], metric)
                             for letter, table in tables.items()} for metric in metrics}
-        for name in ("best decay", *names):
-            line = [str(step), name]
-            for metric in metrics:
-                reference = at_best[metric]
-                here = reference if name == "best decay" else {
-                    letter: table[step, name] for letter, table in tables.items()}
-                order = sorted(here, key=lambda letter: cost(here[letter], metric))
-                flips = [clearly(here[a], here[b], metric) and clearly(reference[b], reference[a], metric)
-                         for i, a in enumerate(order) for b in order[i + 1:]
-                         if cost(reference[b], metric) < cost(reference[a], metric)]
-                line.append("".join(order) + ("!" if any(flips) else "?" if flips else ""))
-            lines.append(line)
+        lines.append([str(step), "best decay", *(order(at_best[m], at_best[m], m) for m in metrics)])
+        for name in names:
+            here = {letter: table[step, name] for letter, table in tables.items()}
+            lines.append([str(step), name, *(order(here, at_best[m], m) for m in metrics)])
     print_table(["step", "weights", *(metric.replace("_", " ") for metric in metrics)], lines)
 
 
@@ -1885,50 +1780,43 @@ def report(runs, out):
     Those that differ in their seed are one method, whose table has means and spreads over seeds;
     methods are ranked. ValueError where runs cannot be compared.
     """
-    methods = {}
+    methods, tables = {}, {}
     for settings, rows in runs:
         for samples in dict.fromkeys(row["samples"] for row in rows if row["name"] == "real"):
             method = {name: str(settings[name]) for name in (*FIXED, "steps") if name != "seed"}
             seeds = methods.setdefault((*method.items(), ("samples", samples)), {})
             if settings["seed"] in seeds:
-                raise ValueError(f"two of the runs have the same settings and seed {settings['seed']}")
-            seeds[settings["seed"]] = rows
+                raise ValueError(f"two of the runs differ in nothing, not in seed {settings['seed']}")
+            seeds[settings["seed"]] = [r for r in rows if r["samples"] in (HELD_OUT, samples)]
     if len({dict(method)["data"] for method in methods}) > 1 or len(methods) > 26:
         raise ValueError("runs on different data, or more than 26 methods, have no ranking")
-    tables = {}
     for letter, (method, seeds) in zip(string.ascii_uppercase, methods.items()):
-        samples, rows = dict(method)["samples"], pool(list(seeds.values()))
-        table = sorted((r for r in rows if r["samples"] == samples), key=lambda row: row["step"])
-        whole = {row["step"] for row in table if row["name"] == "raw"}  # not interrupted before
-        tables[letter] = table = [row for row in table if row["step"] in whole]
+        rows = sorted(pool(list(seeds.values())), key=lambda row: row["step"])
+        whole = {row["step"] for row in rows if row["name"] == "raw" and row["samples"] != HELD_OUT}
+        tables[letter] = [r for r in rows if r["step"] in whole and r["samples"] != HELD_OUT]
         differ = [f"{name} {value}" for name, value in method
                   if any((name, value) not in other for other in methods)]
-        spread = f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples"
-        title = f"{', '.join(differ) or samples}; ± over {spread}"
-        print(f"\n{letter}: {title}" if len(methods) > 1 else f"\n{title}")
-        if table:
-            print_rows(table)
-            print_choices(seeds, samples)
-            name = "sweep.png" if len(methods) == 1 else f"sweep-{letter}.png"
+        title = f"{letter}: {', '.join(differ)}" if differ else dict(method)["samples"]
+        title += f"; ± over {f'{len(seeds)} seeds' if len(seeds) > 1 else 'bootstrap resamples'}"
+        print(f"\n{title}")
+        if tables[letter]:
+            print_rows(tables[letter], ["horizon", "init_share", *known(tables[letter])])
             candidates = [row for row in rows if row["samples"] == HELD_OUT]
-            plot_sweep(out / name, title, table, candidates)
+            name = f"sweep-{letter}.png" if differ else "sweep.png"
+            plot_sweep(out / name, title, tables[letter], candidates)
     if len(methods) > 1:
         print_ranking(tables)
         rows = [row | {"method": letter} for letter, table in tables.items() for row in table]
-        metric, steps = known(rows)[0], sorted({row["step"] for row in rows})
         draw(out / "report.png", "Methods " + ", ".join(tables), [
-            *(Panel(f"How far samples are from the data at step {step}",
-                    [row for row in rows if row["step"] == step], "horizon", metric, "method")
-              for step in steps),
-            *(Panel(f"The same at step {steps[-1]}", [r for r in rows if r["step"] == steps[-1]],
-                    "horizon", other, "method") for other in ("precision", "tail_share"))])
+            Panel(f"Step {step}", [row for row in rows if row["step"] == step], "horizon", field,
+                  "method") for field in (known(rows)[0], "precision", "tail_share")
+            for step in sorted({row["step"] for row in rows})])
 
 
 def write_csv(path, rows):
     """results.csv: the rows for people, of what is a number or a text."""
-    first = dict.fromkeys(("step", "name", "init_share", "samples"))
-    names = [*first | {name: None for row in rows for name, value in row.items()
-                       if not isinstance(value, list)}]
+    names = dict.fromkeys(["step", "name", "init_share", "samples"])
+    names |= {name: None for row in rows for name in row if not isinstance(row[name], list)}
     with replacing(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
@@ -1939,24 +1827,8 @@ def write_csv(path, rows):
 # Command line
 # ==================================================================================================
 
-SWEEP = ("0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999",
-         "0.999999")
-# What a run cannot change half-way.
-FIXED = ("preset", "data", "batch_size", "lr", "cooldown", "seed", "objective", "schedule")
-PRESETS = {
-    "small": {"warmup": 100, "flip": False, "network": {}},  # minutes on two CPU cores
-    "cifar10": {  # Ho et al. 2020, appendix B
-        "data": "cifar10", "decay": ["0.9999"], "steps": 800_000, "batch_size": 128, "lr": 2e-4,
-        "warmup": 5000, "flip": True, "objective": "eps", "schedule": "linear",
-        "save_every": 5000, "log_every": 1000, "sampler": "ddpm", "sample_steps": 1000,
-        "num_samples": 50_000,
-        "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
-                    "scale_shift": False, "dropout": 0.1}},
-}
-
-
 def number(kind, low, high=math.inf):
-    """A reader of numbers of this kind from low to high; ValueError says what it takes."""
+    """A reader of numbers of this kind from low to high."""
     def read(text):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high and kind(text) != math.inf:
@@ -1966,30 +1838,72 @@ def number(kind, low, high=math.inf):
     return read
 
 
-def one_of(*names):
-    """A reader of one of these names."""
-    def read(text):
-        if text not in names:
-            raise ValueError(f"give one of {', '.join(names)}")
-        return text
-    return read
-
-
 def several(read):
     """A reader of comma-separated items, each kept once."""
     return lambda text: list(dict.fromkeys(read(item) for item in text.split(",")))
 
 
+def decay(text):
+    """A reader of one item of --decay."""
+    try:
+        return text if text in ("auto", "sweep") else parse_decay(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, sweep, auto") from None
+
+
+COUNT = number(int, 1, 10**8)
+SETTINGS = {  # flag: (default, what it is, a reader of its text or the names that it may be)
+    "decay": (["0.999"], "EMA decays to compare, separated by commas: a number in [0, 1); step (the\n"
+              "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width);\n"
+              "sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and\n"
+              "0.99995 that has the lowest held-out loss", several(decay)),
+    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
+             "their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or\n"
+             "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`", str),
+    "out": ("", "folder for checkpoints, tables and pictures; runs/ and the data's name if empty", str),
+    "steps": (3600, "optimizer steps; more than a finished run has trains it on", COUNT),
+    "stages": ([1.0], "fractions of the run at which everything is evaluated",
+               several(number(float, 1e-9, 1))),
+    "batch_size": (32, "images per optimizer step, over all processes", COUNT),
+    "lr": (2e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
+    "cooldown": (0.0, "fraction of the steps, the last ones, in which the rate falls to 0 linearly",
+                 number(float, 0, 1)),
+    "seed": (0, "of the initial weights, data order, noise and samples", number(int, 0)),
+    "objective": ("v", "what the network predicts: noise, data or velocity", Diffusion.OBJECTIVES),
+    "schedule": ("cosine", "the noise schedule; flow: the path of flow matching", Diffusion.SCHEDULES),
+    "sampler": ("dpm++", "ancestral, deterministic, or DPM-Solver++(2M)", tuple(SAMPLERS)),
+    "sample_steps": (16, "network evaluations per sample", number(int, 1, 1000)),
+    "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
+    "save_every": (500, "steps between checkpoints", COUNT),
+    "log_every": (100, "steps between rows of the log", COUNT),
+    "features": ("", "TorchScript file that maps uint8 [N, 3, H, W] to features, such as\n"
+                 "Inception; the Frechet distance is then called fid", str),
+    "preset": ("small", "cifar10: the DDPM paper's network and training; needs a GPU",
+               ("small", "cifar10")),
+    "report": ((), "finished runs (folders) to compare instead of training one: those that differ\n"
+               "in their seed become one method, others are ranked; goes with --out alone", Path),
+}
+PRESETS = {
+    "small": {"warmup": 100, "flip": False, "network": {}},  # minutes on two CPU cores
+    "cifar10": {  # Ho et al. 2020, appendix B
+        "data": "cifar10", "decay": ["0.9999"], "steps": 800_000, "batch_size": 128, "lr": 2e-4,
+        "warmup": 5000, "flip": True, "objective": "eps", "schedule": "linear", "sampler": "ddpm",
+        "sample_steps": 1000, "num_samples": 50_000, "save_every": 5000, "log_every": 1000,
+        "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
+                    "scale_shift": False, "dropout": 0.1}},
+}
+SWEEP = ["0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999", "0.999999"]
+
+
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line instead of argparse's usage text."""
-        stop(message)
+    error = staticmethod(stop)  # one line instead of argparse's usage text
 
 
 def read_flags(flags, doc, argv=None):
-    """{name: value} of the flags that are given; `flags` is {name: (default, help, reader)}.
+    """{name: value} of the flags that are given; `flags` are like SETTINGS.
 
-    A reader makes a value of a text, or raises a ValueError that says what it takes.
+    A reader makes a value of a text, or raises a ValueError that says what it takes. A flag whose
+    default is () takes several values.
     """
     def convert(read, text):
         try:
@@ -2000,59 +1914,15 @@ def read_flags(flags, doc, argv=None):
     parser = Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
                     formatter_class=argparse.RawTextHelpFormatter)
     for name, (default, text, read) in flags.items():
+        takes = {"choices": read} if isinstance(read, tuple) else {
+            "type": functools.partial(convert, read), "metavar": name.upper()}
         default = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} [{default}]",
-                            metavar=name.upper(), type=functools.partial(convert, read))
+                            nargs="+" if default == () else None, **takes)
     argv = sys.argv[1:] if argv is None else argv
-    for text in argv:
-        if text.endswith("=--"):  # argparse would fail on it
-            stop(f"{text}: '--' is no value")
+    if broken := [text for text in argv if text.endswith("=--")]:  # argparse would fail on it
+        stop(f"{broken[0]}: -- is no value")
     return vars(parser.parse_args(argv))
-
-
-def read_decays(text):
-    """The items of --decay; sweep stands for the ten of SWEEP."""
-    items = [",".join(SWEEP) if item == "sweep" else item for item in text.split(",")]
-    try:
-        return several(lambda item: item if item == "auto" else parse_decay(item))(",".join(items))
-    except ValueError as error:
-        raise ValueError(f"{error}, sweep, auto") from None
-
-
-SETTINGS = {  # flag: (default, what it is, its reader)
-    "decay": (["0.999"], "EMA decays to compare, separated by commas: a number in [0, 1); step (the\n"
-              "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width);\n"
-              "sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and\n"
-              "0.99995 that has the lowest held-out loss", read_decays),
-    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
-             "their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or\n"
-             "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`", str),
-    "out": ("runs/ and the name of the data", "folder for checkpoints, tables and pictures", str),
-    "steps": (3600, "optimizer steps; more than a finished run has trains it on", number(int, 1, 10**8)),
-    "stages": ([1.0], "fractions of the run at which everything is evaluated",
-               several(number(float, 1e-9, 1))),
-    "batch_size": (32, "images per optimizer step, over all processes", number(int, 1, 10**8)),
-    "lr": (2e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
-    "cooldown": (0.0, "fraction of the run, at its end, over which the learning rate falls to 0",
-                 number(float, 0, 1)),
-    "seed": (0, "of the initial weights, data order, noise and samples", number(int, 0)),
-    "objective": ("v", "what the network predicts: the noise (eps), the data (x0), the velocity (v)",
-                  one_of(*Diffusion.OBJECTIVES)),
-    "schedule": ("cosine", "the noise schedule, linear or cosine; flow: the path of flow matching",
-                 one_of(*Diffusion.SCHEDULES)),
-    "sampler": ("dpm++", "ddpm: ancestral; ddim: deterministic; dpm++: DPM-Solver++(2M)",
-                one_of(*SAMPLERS)),
-    "sample_steps": (16, "network evaluations per sample, at most 1000", number(int, 1, 1000)),
-    "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
-    "save_every": (500, "steps between checkpoints", number(int, 1, 10**8)),
-    "log_every": (100, "steps between rows of the log", number(int, 1, 10**8)),
-    "features": ("", "TorchScript file that maps uint8 [N, 3, H, W] to features, such as\n"
-                 "Inception; the Frechet distance is then called fid", str),
-    "preset": ("small", "cifar10: the network and training of the DDPM paper; needs a GPU",
-               one_of(*PRESETS)),
-    "report": ((), "finished runs (folders) to compare instead of training one: runs that differ\n"
-               "in their seed become one method, others are ranked; goes with --out alone", Path),
-}
 
 
 def resolve(given):
@@ -2060,75 +1930,79 @@ def resolve(given):
 
     ValueError, in one line, where they do not fit together.
     """
-    defaults = {name: default for name, (default, _, _) in SETTINGS.items() if name != "report"}
-    settings = defaults | PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
-    name = Path(os.path.realpath(settings["data"])).stem
-    out = Path(given.get("out", Path("runs", name)))
+    settings = {name: default for name, (default, _, _) in SETTINGS.items() if name != "report"}
+    settings |= PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
+    out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
     saved, run = saved_steps(out), {}
     if saved:
         run = load_checkpoint(saved[max(saved)], mmap=True)["settings"]
-        if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):  # another spelling
-            given = given | {"data": run["data"]} if "data" in given else given
         settings |= run | given
-        for name in FIXED:
-            if settings[name] != run[name]:
-                raise ValueError(f"the run in {out} has --{name.replace('_', '-')} {run[name]}, not "
-                                 f"{settings[name]}; leave it out, or choose another --out")
+        if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
+            settings["data"] = run["data"]  # in another spelling
     elif read_rows(out):
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
-    s = SimpleNamespace(**settings | {"out": str(out)})
-    s.auto, s.decay = "auto" in s.decay, [decay for decay in s.decay if decay != "auto"]
+    s, reached = SimpleNamespace(**settings | {"out": str(out)}), max(saved, default=0)
+    items = [item for text in s.decay for item in (SWEEP if text == "sweep" else [text])]
+    s.auto, s.decay = "auto" in items, list(dict.fromkeys(i for i in items if i != "auto"))
     s.tracked = run.get("tracked", s.decay)
-    s.stage_steps, reached = sorted({max(1, round(f * s.steps)) for f in s.stages}), max(saved, default=0)
-    if s.steps < reached or (s.cooldown and run and s.steps != run["steps"]):
-        raise ValueError(f"--steps {s.steps}: the run in {out} has come to step {reached} of "
-                         f"{run['steps']}" + ", the end of its cooldown" * (s.cooldown > 0))
+    s.stage_steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
+    if s.steps < reached or (run and s.cooldown and s.steps != run["steps"]):
+        raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
+                         f"{run['steps']} steps" + " with a cooldown at the end" * (s.cooldown > 0))
     lost = [step for step in s.stage_steps if step < reached and step not in saved]
     if lost and ("stages" in given or lost == s.stage_steps):
         raise ValueError(f"{out} kept no checkpoint at step {lost[0]}: ask for --stages before "
                          "training")
     s.stage_steps = [step for step in s.stage_steps if step not in lost]
+    s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
+    s.samples += f", features {s.features}" if s.features else ""
     return s
 
 
-def load_report(folders):
-    """(settings, rows) of finished runs."""
+def report_runs(folders, out):
+    """--report: what `report` says of finished runs."""
     runs = []
     for folder in folders:
         saved = saved_steps(folder)
         settings = load_checkpoint(saved[max(saved)], mmap=True)["settings"] if saved else {}
         if not saved or max(saved) < settings["steps"]:
             raise ValueError(f"{folder} holds no finished run; give folders that --out named")
-        rows = list(read_rows(folder).values())
-        runs.append((settings | {"data": os.path.basename(settings["data"])}, rows))
-    return runs
+        settings["data"] = os.path.basename(settings["data"])
+        runs.append((settings, list(read_rows(folder).values())))
+    out.mkdir(parents=True, exist_ok=True)
+    report(runs, out)
 
 
 def main(argv=None):
     given = read_flags(SETTINGS, __doc__, argv)
-    sys.stdout.reconfigure(errors="backslashreplace")
-    if "report" in given:
+    sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
+    if folders := given.pop("report", None):
         with explained("--report"):
-            if others := given.keys() - {"report", "out"}:
-                raise ValueError(f"it goes with --out alone, not with --{min(others)}")
-            out = Path(given.get("out", "runs/report"))
-            runs = load_report(given["report"])
-            out.mkdir(parents=True, exist_ok=True)
-            return report(runs, out)
+            if given.keys() - {"out"}:
+                raise ValueError("it goes with --out alone")
+            return report_runs(folders, Path(given.get("out", "runs/report")))
     with explained("set-up"):
         run = Run(resolve(given))
-    run.describe()
-    with explained("run"):
+    with explained(f"the run in {run.out}"):
+        if run.rank == 0:
+            run.describe()
         for step in run.settings.stage_steps:
             run.train(step)
             run.evaluate()
+        run.train(run.settings.steps)
         if run.rank == 0:
-            run.report()
+            write_csv(run.out / "results.csv", run.rows.values())
+            if log := [row for row in run.rows.values() if row["samples"] == ""]:
+                plot_curves(run.out / "curves.png", run.settings.data, log)
+                print_rows([row for row in log if row["step"] == log[-1]["step"]], [
+                    "held_out_loss", "wobble", "reached", "distance_initial", "distance_raw"])
+            rows = [row for row in run.rows.values() if row["samples"] in (HELD_OUT, run.settings.samples)]
+            report([(vars(run.settings), rows)], run.out)
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last save")
+        print("\nstopped; the same command goes on from the last checkpoint")
         sys.exit(130)
