@@ -701,7 +701,6 @@ import functools
 import gzip
 import json
 import os
-import string
 import sys
 import tarfile
 import time
@@ -1075,7 +1074,7 @@ def measure(features, probs, real, num_bootstrap=20):
             share = drawn @ hits / n  # [K]
             rare = true.argsort(descending=True)[len(true) // 2:]
             out |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
-                    "covered_modes": (share > true / 4).sum().item(),
+                    "covered_modes": (share > true / 4).double().sum().item(),
                     "legible": (drawn @ confident / n).item()}
         return out
 
@@ -1143,7 +1142,7 @@ def chosen(rows, step):
 
 
 def clearly(better, worse, metric):
-    """Whether their difference exceeds the root of the summed squares of the two spreads."""
+    """Whether their difference exceeds the root of the summed squares of their spreads."""
     spread = math.hypot(better.get(f"{metric}_sd", 0), worse.get(f"{metric}_sd", 0))
     return cost(worse, metric) - cost(better, metric) > spread
 
@@ -1151,10 +1150,10 @@ def clearly(better, worse, metric):
 def cell(row, field):
     """What a table shows: 20.4 ± 1.6, as many digits as the spread is worth."""
     value, spread = row.get(field), row.get(f"{field}_sd")
-    if value is None or isinstance(value, str):
-        return value or "-"
-    if not spread or not math.isfinite(spread):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if value is None:
+        return "-"
+    if not isinstance(value, float) or not spread or not math.isfinite(spread):
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
     digits = math.floor(math.log10(spread))
     digits = max(0, -digits + (spread < 2 * 10**digits))
     return f"{value:.{digits}f} ± {spread:.{digits}f}"
@@ -1176,16 +1175,18 @@ def print_table(header, lines, keys=2):
             print("| " + " | ".join(line[i].ljust(widths[i]) for i in table) + " |")
 
 
-def print_rows(rows, fields):
-    """A table of rows, the best of a step in bold."""
-    lines = []
+def print_rows(rows, fields, within=("step",)):
+    """A table of rows. Bold among those that agree in `within`: the best, and what is not clearly
+    worse than it.
+    """
+    lines, keys = [], list(dict.fromkeys((*within, "name")))
     for row in rows:
-        peers = [r for r in rows if r["step"] == row["step"] and r["name"] != "real"]
-        first = {field for field in fields if field in BETTER and row in peers
-                 and cost(row, field) == cost(best(peers, field), field) < math.inf}
-        lines.append([str(row["step"]), row["name"]] + [
-            f"**{cell(row, field)}**" if field in first else cell(row, field) for field in fields])
-    print_table(["step", "weights", *(field.replace("_", " ") for field in fields)], lines)
+        peers = [r for r in rows if all(r[k] == row[k] for k in within) and r["name"] != "real"]
+        lines.append([cell(row, field) for field in (*keys, *fields)])
+        for column, field in enumerate(fields, len(keys)):
+            if field in BETTER and row in peers and not clearly(best(peers, field), row, field):
+                lines[-1][column] = f"**{lines[-1][column]}**"
+    print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
 
 
 # ==================================================================================================
@@ -1464,8 +1465,10 @@ class Run:
         if name == "raw":
             row["horizon"] = 1.0
         elif name != "real":
-            log = log_decays(decay, torch.tensor([max(self.step, 1.0)], dtype=torch.float64)).item()
-            row |= {"init_share": self.ema.init_share(decay), "horizon": -1 / math.expm1(log),
+            row["init_share"] = self.ema.init_share(decay)
+        if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
+            log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
+            row |= {"horizon": -1 / math.expm1(log),
                     "half_life_images": -math.log(2) / log * self.settings.batch_size}
         return row | values
 
@@ -1585,11 +1588,13 @@ class Run:
 # ==================================================================================================
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay", "step": "training step",
-         "tail_share": "mass of the rare modes / true mass", "east": "", "north": ""}
+         "tail_share": "mass of the rare modes / true mass", "east": "", "north": "",
+         "held_out_loss": "held-out loss"}
+TICKS = (0, 0.5, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999, 0.99999, 0.999999)
 
 
 class Panel(NamedTuple):
-    """y of the rows against x, a line for each value of `by`, through the rows in order of `along`."""
+    """y of the rows against x, a line for each value of `by`, through its rows along a field."""
 
     title: str
     rows: list
@@ -1599,45 +1604,23 @@ class Panel(NamedTuple):
     along: str = "horizon"
 
 
-def constant(rows):
-    """Without schedules, which have no fixed place on an axis of decays."""
-    return [row for row in rows if row["name"] in ("raw", "real") or row["decay"][0].isdigit()
-            or row["decay"].startswith("halflife")]
-
-
-def decay_axis(axis):
-    """A logarithmic axis of horizons, marked with their decays."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = axis.get_view_interval()
-    powers = [k for k in range(8) if low <= 10**k <= high]
-    axis.set_ticks([10**k for k in powers],
-                   [f"{1 - 10**-k:.{k}f}" if k else "raw" for k in powers], fontsize=8)
-    axis.set_ticks([], minor=True)
-
-
 def draw_panel(axis, panel):
     """Raw is black, all else a ramp from light to dark; debiased averages are dashed, spreads a
     band, real images a dotted line. Rows that lack a value are left out.
     """
     title, rows, x, y, by, along = panel
-    if "horizon" in (x, y):
-        rows = constant(rows)
     lines = {}  # (value of by, debiased) -> rows
-    for row in sorted((row for row in rows if None not in (row.get(x), row.get(y), row.get(along))),
+    for row in sorted((r for r in rows if None not in (r.get(x), r.get(y), r.get(along))),
                       key=lambda row: row[along]):
         lines.setdefault((row[by], row["debiased"]), []).append(row)
-    groups = [group for group in dict.fromkeys(row[by] for row in rows)
-              if group not in ("raw", "real")]
+    groups = [g for g in dict.fromkeys(r[by] for r in rows) if g not in ("raw", "real")]
     for (group, debiased), line in lines.items():
-        color = "black"
-        if group in groups:
-            place = groups.index(group) / max(len(groups) - 1, 1)
-            color = matplotlib.colormaps["YlGnBu"](0.35 + 0.65 * place)
+        place = groups.index(group) / max(len(groups) - 1, 1) if group in groups else 0
+        color = matplotlib.colormaps["YlGnBu"](0.35 + 0.65 * place) if group in groups else "black"
         across, value, spread = (np.array([row.get(field, 0) for row in line], float)
                                  for field in (x, y, f"{y}_sd"))
-        label = f"step {group}" if by == "step" else NAMES.get(group, group)
         axis.plot(across, value, "--" if debiased else "-", color=color, lw=1.3, marker=".", ms=4,
-                  label=None if debiased else label)
+                  label=None if debiased else NAMES.get(group, f"step {group}" * (by == "step") or group))
         axis.fill_between(across, value - spread, value + spread, color=color, alpha=0.15, lw=0)
     for row in rows:
         if row["name"] == "real" and y in row:
@@ -1645,16 +1628,18 @@ def draw_panel(axis, panel):
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y.replace("_", " ")))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    if y in ("fd", "fid", "held_out_loss"):
-        axis.set_yscale("log")
     for side, field in ((axis.xaxis, x), (axis.yaxis, y)):
-        if field == "horizon":
-            decay_axis(side)
-
-
-def save(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+        if field in ("fd", "fid", "held_out_loss", "horizon"):
+            axis.set(**{f"{side.axis_name}scale": "log"})
+        if field == "horizon":  # marked with the decays
+            ticks = {1 / (1 - decay): f"{decay:g}" for decay in TICKS}
+            low, high = side.get_view_interval()
+            ticks = {place: text for place, text in ticks.items() if low <= place <= high}
+            side.set_ticks([*ticks], [*ticks.values()], fontsize=7, rotation=30)
+            side.set_ticks([], minor=True)
+        elif field == "held_out_loss":
+            side.set_major_formatter("{x:g}")
+            side.set_minor_formatter("{x:g}")
 
 
 def draw(path, title, panels, inset=None):
@@ -1670,31 +1655,39 @@ def draw(path, title, panels, inset=None):
     for axis in axes[len(panels):]:
         axis.set_axis_off()
     if inset:
-        draw_panel(axes[0].inset_axes([0.5, 0.5, 0.5, 0.45], xlabel="", ylabel=""), inset)
+        inner = axes[0].inset_axes([0.5, 0.5, 0.5, 0.44])
+        draw_panel(inner, inset)
+        inner.set(xlabel="", ylabel="")
+        inner.tick_params(labelsize=7, which="both")
     save(figure, path)
+
+
+def save(figure, path):
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, bbox_inches="tight")
 
 
 def plot_curves(path, title, rows):
     """curves.png: the held-out losses of the log, and where raw and averaged weights went."""
-    plain = [dict(row) for row in rows if not row["debiased"]]
+    plain = [row for row in rows if not row["debiased"]]
     sketches = np.array([row["sketch"] for row in plain])  # [rows, 64]
     plane = np.linalg.svd(sketches, full_matrices=False)[2][:2]  # [2, 64]
-    for row, (east, north) in zip(plain, sketches @ plane.T):
-        row |= {"east": east, "north": north}
-    loss = Panel("Averages lag at first, then they are ahead", rows, "step", "held_out_loss",
-                 "decay", "step")
+    plain = [row | {"east": east, "north": north}
+             for row, (east, north) in zip(plain, sketches @ plane.T)]
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
     draw(path, title, [
-        loss, Panel("Raw weights wander, averages cut through", plain, "east", "north", "decay",
-                    "step")], inset=loss._replace(title="the last quarter", rows=late))
+        Panel("Averages lag at first, then they are ahead", rows, "step", "held_out_loss", "decay",
+              "step"),
+        Panel("Raw weights wander, averages cut through", plain, "east", "north", "decay", "step")],
+        Panel("the last quarter", late, "step", "held_out_loss", "decay", "step"))
 
 
 def plot_sweep(path, title, rows, candidates):
     """sweep.png: the metrics against the decay, a line a stage, and the best decay of each stage."""
     leaders = []
-    for metric in known(rows):
+    for metric in {*known(rows)} - {"is", "covered_modes", "legible"}:
         for step in dict.fromkeys(row["step"] for row in rows):
-            peers = [r for r in constant(rows) if r["step"] == step and r["name"] != "real"]
+            peers = [r for r in rows if r["step"] == step and "horizon" in r]
             leaders.append(best(peers, metric) | {"metric": metric, "debiased": False})
     draw(path, title, [
         Panel("How far samples are from the data", rows, "horizon", known(rows)[0], "step"),
@@ -1744,73 +1737,52 @@ def pool(tables):
     return pooled
 
 
-def print_ranking(methods):
-    """Which method is ahead, best first, at each decay: {letter: rows}.
-
-    Marked is an order of two that is another at the best decay of each: ! if they are clearly
-    apart at both, ? if not.
-    """
-    tables = {letter: {(r["step"], r["name"]): r for r in rows if r["name"] != "real"}
-              for letter, rows in methods.items()}
-    common = [key for key in tables["A"] if all(key in table for table in tables.values())]
-    metrics, lines = known(methods["A"]), []
-
-    def order(here, reference, metric):
-        letters = sorted(here, key=lambda letter: cost(here[letter], metric))
-        flipped = [(a, b) for i, a in enumerate(letters) for b in letters[i + 1:]
-                   if cost(reference[b], metric) < cost(reference[a], metric)]
-        clear = [clearly(here[a], here[b], metric) and clearly(reference[b], reference[a], metric)
-                 for a, b in flipped]
-        return "".join(letters) + ("!" if any(clear) else "?" if flipped else "")
-
-    for step in dict.fromkeys(step for step, _ in common):
-        names = [name for other, name in common if other == step]
-        at_best = {metric: {letter: best([table[step, name] for name in names], metric)
-                            for letter, table in tables.items()} for metric in metrics}
-        lines.append([str(step), "best decay", *(order(at_best[m], at_best[m], m) for m in metrics)])
-        for name in names:
-            here = {letter: table[step, name] for letter, table in tables.items()}
-            lines.append([str(step), name, *(order(here, at_best[m], m) for m in metrics)])
-    print_table(["step", "weights", *(metric.replace("_", " ") for metric in metrics)], lines)
-
-
 def report(runs, out):
     """Tables and pictures of runs, (settings, rows) each.
 
-    Those that differ in their seed are one method, whose table has means and spreads over seeds;
-    methods are ranked. ValueError where runs cannot be compared.
+    Those that differ in their seed are one method, whose table has means and spreads over seeds.
+    Several methods are ranked at each decay, and each at its best one. ValueError where runs
+    cannot be compared.
     """
-    methods, tables = {}, {}
+    methods, ranked = {}, []
     for settings, rows in runs:
         for samples in dict.fromkeys(row["samples"] for row in rows if row["name"] == "real"):
             method = {name: str(settings[name]) for name in (*FIXED, "steps") if name != "seed"}
             seeds = methods.setdefault((*method.items(), ("samples", samples)), {})
             if settings["seed"] in seeds:
-                raise ValueError(f"two of the runs differ in nothing, not in seed {settings['seed']}")
+                raise ValueError(f"two runs have the same settings and seed {settings['seed']}")
             seeds[settings["seed"]] = [r for r in rows if r["samples"] in (HELD_OUT, samples)]
-    if len({dict(method)["data"] for method in methods}) > 1 or len(methods) > 26:
-        raise ValueError("runs on different data, or more than 26 methods, have no ranking")
-    for letter, (method, seeds) in zip(string.ascii_uppercase, methods.items()):
+    if len({dict(method)["data"] for method in methods}) > 1:
+        raise ValueError("runs on different data have no ranking; give them to --report apart")
+    for number, (method, seeds) in enumerate(methods.items(), 1):
         rows = sorted(pool(list(seeds.values())), key=lambda row: row["step"])
         whole = {row["step"] for row in rows if row["name"] == "raw" and row["samples"] != HELD_OUT}
-        tables[letter] = [r for r in rows if r["step"] in whole and r["samples"] != HELD_OUT]
-        differ = [f"{name} {value}" for name, value in method
-                  if any((name, value) not in other for other in methods)]
-        title = f"{letter}: {', '.join(differ)}" if differ else dict(method)["samples"]
-        title += f"; ± over {f'{len(seeds)} seeds' if len(seeds) > 1 else 'bootstrap resamples'}"
+        table = [r for r in rows if r["step"] in whole and r["samples"] != HELD_OUT]
+        differ = ", ".join(f"{name} {value}" for name, value in method
+                           if any((name, value) not in other for other in methods))
+        title = f"{differ or dict(method)['samples']}; ± over " + (
+            f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples")
         print(f"\n{title}")
-        if tables[letter]:
-            print_rows(tables[letter], ["horizon", "init_share", *known(tables[letter])])
-            candidates = [row for row in rows if row["samples"] == HELD_OUT]
-            name = f"sweep-{letter}.png" if differ else "sweep.png"
-            plot_sweep(out / name, title, tables[letter], candidates)
+        if table:
+            metrics = known(table)
+            print_rows(table, ["horizon", "init_share", *metrics])
+            plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, table,
+                       [row for row in rows if row["samples"] == HELD_OUT])
+            for step in whole:
+                peers = [r for r in table if r["step"] == step and r["name"] != "real"]
+                ahead = {"step": step, "name": "best decay", "debiased": False}
+                for metric in metrics:
+                    first = best(peers, metric)
+                    ahead |= {k: first[k] for k in (metric, f"{metric}_sd") if k in first}
+                ranked += [row | {"method": differ} for row in [ahead, *peers]]
     if len(methods) > 1:
-        print_ranking(tables)
-        rows = [row | {"method": letter} for letter, table in tables.items() for row in table]
-        draw(out / "report.png", "Methods " + ", ".join(tables), [
-            Panel(f"Step {step}", [row for row in rows if row["step"] == step], "horizon", field,
-                  "method") for field in (known(rows)[0], "precision", "tail_share")
-            for step in sorted({row["step"] for row in rows})])
+        print("\nThe methods at each decay, and each at its best one")
+        ranked.sort(key=lambda row: (row["step"], row["name"] != "best decay", row["name"]))
+        print_rows(ranked, ["method", *metrics], within=("step", "name"))
+        draw(out / "report.png", "The methods beside each other", [
+            Panel(f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
+                  "method") for field in (metrics[0], "precision", "tail_share")
+            for step in sorted({row["step"] for row in ranked})])
 
 
 def write_csv(path, rows):
@@ -1892,7 +1864,8 @@ PRESETS = {
         "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
                     "scale_shift": False, "dropout": 0.1}},
 }
-SWEEP = ["0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999", "0.999999"]
+SWEEP = ["0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999",
+         "0.999999"]
 
 
 class Parser(argparse.ArgumentParser):
