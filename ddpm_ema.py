@@ -318,6 +318,7 @@ class EMABank(EMA):
         self._chunks = self._table.split(cached, dim=1)  # what is folded at once fits the cache
         self._scratch = torch.empty_like(self._table[1:, :cached])
         self._path = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
+        self._tables["path"] = self._path  # to be saved with the rest
 
     def _take(self, n):
         """Keeps step n; at the end of a block d = (1 - r_n) d + r_n (θ_b - θ_0) + Σ_j r_j δ."""
@@ -389,7 +390,7 @@ class EMABank(EMA):
         """Bound on the Euclidean error that reading an untracked decay adds; 0.0 if it is tracked.
 
         ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of a row for the rounding that the mixture passes on, of
-        this process's shards. For a debiased average divide by r_t = 1 - init_share.
+        this process's shards; for a debiased average divide by r_t = 1 - init_share.
         """
         mixture, _, misfit = self._fit(parse_decay(decay))
         if not misfit:
@@ -398,13 +399,6 @@ class EMABank(EMA):
         path = (self._path + pending.double().square().sum()).sqrt().item()
         norms = torch.linalg.vector_norm(self._d, dim=1, dtype=torch.float64).cpu()
         return misfit * path * (1 + 1e-3) + 2**-20 * (mixture.abs() @ norms).item()
-
-    def state_dict(self):
-        return {**super().state_dict(), "path": self._path.item()}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self._path.fill_(state["path"])
 
 
 # ==================================================================================================
@@ -604,17 +598,6 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Upsample(nn.Module):
-    """Nearest-neighbour doubling of height and width, then a convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class UNet(nn.Module):
     """The network of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B).
 
@@ -660,7 +643,8 @@ class UNet(nn.Module):
                 self.up.append(block(c + skips.pop(), width * multiplier, level in attention))
                 c = width * multiplier
             if level:
-                self.up[-1].append(Upsample(c))
+                self.up[-1].append(nn.Sequential(nn.Upsample(scale_factor=2),
+                                                 nn.Conv2d(c, c, 3, padding=1)))
         self.head = nn.Sequential(norm(c), nn.SiLU(), zero(nn.Conv2d(c, channels, 3, padding=1)))
 
     def forward(self, x, t):
@@ -732,6 +716,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 def show(text, keep=True):
     """One live line on a terminal, which stays if `keep`; elsewhere only the lines that stay."""
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        return
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
     elif keep:
@@ -899,7 +885,7 @@ def read_image_folder(folder, files):
 def read_npz(path):
     """`images` [N, C, H, W] or [N, H, W, C], told apart by the two equal sizes or the least one."""
     with np.load(path, allow_pickle=False) as file:
-        images, labels = file["images"], file["labels"] if "labels" in file else None
+        images, labels = file["images"], file.get("labels")
     if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() <= 255:
         images = images.astype(np.uint8)
     elif images.dtype.kind == "f":
@@ -1220,9 +1206,9 @@ def saved_steps(folder):
             if path.stem[11:].isdigit()}
 
 
-def load_checkpoint(path, mmap=False):
+def load_checkpoint(path):
     with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"settings", "step", "running", "kept", "ema"} <= checkpoint.keys():
             return checkpoint
     raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
@@ -1519,9 +1505,9 @@ class Run:
         """What samples are compared with, see `measure`."""
         count, data = self.settings.num_samples, self.data
         features, _ = self.features(data.batches(max(count, 10_000)), "training images")
-        weight = torch.ones(len(features), dtype=torch.float64, device=self.device)
+        once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         shares = None if data.labels is None else data.labels.bincount().double() / len(data)
-        return {"moments": moments(features, weight), "features": features[:count], "shares": shares}
+        return {"moments": moments(features, once), "features": features[:count], "shares": shares}
 
     def measured(self, name, samples):
         """The row of some weights: their held-out loss, or how good their samples are."""
@@ -1538,7 +1524,7 @@ class Run:
         return self.row(name, samples, **metrics)
 
     def complete(self, names, samples):
-        """Adds the rows that are lacking, as many at once as there are processes; were there any?"""
+        """Adds what rows are lacking, as many at once as there are processes; True if any were."""
         names = [name for name in names if (self.step, name, samples) not in self.rows]
         start = time.perf_counter()
         for i in range(0, len(names), self.world):
@@ -1568,19 +1554,18 @@ class Run:
             plot_samples(picture, lines)
 
     def describe(self):
-        """What will run, and what follows from it."""
+        """Says what will run, and what follows from it."""
         s, count = self.settings, sum(p.numel() for p in self.model.parameters())
-        print(f"{s.data}: {len(self.data):,} training and {len(self.held_out):,} held-out images "
-              f"{list(self.data.images.shape[1:])}, {len(self.data.names) or 'no'} modes\n"
-              f"{s.steps:,} steps of {s.batch_size} images, {s.objective} on the {s.schedule} path, "
-              f"UNet of {count:,} parameters on {self.world} x {self.device.type}, seed {s.seed}")
+        show(f"{s.data}: {len(self.data):,} training and {len(self.held_out):,} held-out images "
+             f"{list(self.data.images.shape[1:])}, {len(self.data.names) or 'no'} modes\n"
+             f"{s.steps:,} steps of {s.batch_size} images, {s.objective} on the {s.schedule} path, "
+             f"UNet of {count:,} parameters on {self.world} x {self.device.type}, seed {s.seed}")
         for decay in s.decay:
             log = log_decays(decay, torch.arange(1, s.steps + 1, dtype=torch.float64))
-            print(f"EMA {decay}: at the end horizon {-1 / math.expm1(log[-1]):,.0f} steps, half-life "
-                  f"{-math.log(2) / log[-1] * s.batch_size:,.0f} images, init share "
-                  f"{log.sum().exp():.2g}")
-        print(f"at steps {', '.join(map(str, s.stage_steps))}: {s.samples}; all in {self.out}",
-              flush=True)
+            show(f"EMA {decay}: at the end a horizon of {-1 / math.expm1(log[-1]):,.0f} steps, a "
+                 f"half-life of {-math.log(2) / log[-1] * s.batch_size:,.0f} images, an init share "
+                 f"of {log.sum().exp():.2g}")
+        show(f"{s.samples} at steps {', '.join(map(str, s.stage_steps))}; all in {self.out}")
 
 
 # ==================================================================================================
@@ -1619,8 +1604,9 @@ def draw_panel(axis, panel):
         color = matplotlib.colormaps["YlGnBu"](0.35 + 0.65 * place) if group in groups else "black"
         across, value, spread = (np.array([row.get(field, 0) for row in line], float)
                                  for field in (x, y, f"{y}_sd"))
+        label = f"step {group}" if by == "step" else NAMES.get(group, group)
         axis.plot(across, value, "--" if debiased else "-", color=color, lw=1.3, marker=".", ms=4,
-                  label=None if debiased else NAMES.get(group, f"step {group}" * (by == "step") or group))
+                  label=None if debiased else label)
         axis.fill_between(across, value - spread, value + spread, color=color, alpha=0.15, lw=0)
     for row in rows:
         if row["name"] == "real" and y in row:
@@ -1683,7 +1669,7 @@ def plot_curves(path, title, rows):
 
 
 def plot_sweep(path, title, rows, candidates):
-    """sweep.png: the metrics against the decay, a line a stage, and the best decay of each stage."""
+    """sweep.png: the metrics against the decay, a line a stage, and each stage's best decay."""
     leaders = []
     for metric in {*known(rows)} - {"is", "covered_modes", "legible"}:
         for step in dict.fromkeys(row["step"] for row in rows):
@@ -1817,43 +1803,39 @@ def several(read):
 
 def decay(text):
     """A reader of one item of --decay."""
-    try:
-        return text if text in ("auto", "sweep") else parse_decay(text)
-    except ValueError as error:
-        raise ValueError(f"{error}, sweep, auto") from None
+    return text if text in ("auto", "sweep") else parse_decay(text)
 
 
 COUNT = number(int, 1, 10**8)
 SETTINGS = {  # flag: (default, what it is, a reader of its text or the names that it may be)
-    "decay": (["0.999"], "EMA decays to compare, separated by commas: a number in [0, 1); step (the\n"
-              "plain average); ramp:0.9999; halflife:2000 (steps); power:0.10 (relative width);\n"
-              "sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and\n"
-              "0.99995 that has the lowest held-out loss", several(decay)),
-    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; a folder of idx files; a folder of images,\n"
-             "their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or\n"
-             "[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`", str),
-    "out": ("", "folder for checkpoints, tables and pictures; runs/ and the data's name if empty", str),
+    "decay": (["0.999"], """EMA decays to compare, separated by commas: a number in [0, 1);
+step, the plain average; ramp:0.9999; halflife:2000 (steps); power:0.10 (sigma_rel);
+sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and
+0.99995 that has the lowest held-out loss""", several(decay)),
+    "data": ("glyphs", """glyphs, mnist, fashion, cifar10; a folder of idx files; one of images,
+their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or
+[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`""", str),
+    "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
     "steps": (3600, "optimizer steps; more than a finished run has trains it on", COUNT),
     "stages": ([1.0], "fractions of the run at which everything is evaluated",
                several(number(float, 1e-9, 1))),
     "batch_size": (32, "images per optimizer step, over all processes", COUNT),
     "lr": (2e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
-    "cooldown": (0.0, "fraction of the steps, the last ones, in which the rate falls to 0 linearly",
+    "cooldown": (0.0, "the last fraction of the steps, in which the learning rate falls to 0",
                  number(float, 0, 1)),
     "seed": (0, "of the initial weights, data order, noise and samples", number(int, 0)),
-    "objective": ("v", "what the network predicts: noise, data or velocity", Diffusion.OBJECTIVES),
-    "schedule": ("cosine", "the noise schedule; flow: the path of flow matching", Diffusion.SCHEDULES),
+    "objective": ("v", "what the network predicts: noise, data, velocity", Diffusion.OBJECTIVES),
+    "schedule": ("cosine", "of the noise; flow: the path of flow matching", Diffusion.SCHEDULES),
     "sampler": ("dpm++", "ancestral, deterministic, or DPM-Solver++(2M)", tuple(SAMPLERS)),
     "sample_steps": (16, "network evaluations per sample", number(int, 1, 1000)),
     "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
     "save_every": (500, "steps between checkpoints", COUNT),
     "log_every": (100, "steps between rows of the log", COUNT),
-    "features": ("", "TorchScript file that maps uint8 [N, 3, H, W] to features, such as\n"
-                 "Inception; the Frechet distance is then called fid", str),
-    "preset": ("small", "cifar10: the DDPM paper's network and training; needs a GPU",
-               ("small", "cifar10")),
-    "report": ((), "finished runs (folders) to compare instead of training one: those that differ\n"
-               "in their seed become one method, others are ranked; goes with --out alone", Path),
+    "features": ("", """TorchScript file that maps uint8 [N, 3, H, W] to features, such as
+Inception; the Frechet distance is then called fid""", str),
+    "preset": ("small", "cifar10: the DDPM paper's network and training", ("small", "cifar10")),
+    "report": ((), """finished runs (folders) to compare instead of training one: those that differ
+in their seed become one method, others are ranked; goes with --out alone""", Path),
 }
 PRESETS = {
     "small": {"warmup": 100, "flip": False, "network": {}},  # minutes on two CPU cores
@@ -1868,10 +1850,6 @@ SWEEP = ["0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", 
          "0.999999"]
 
 
-class Parser(argparse.ArgumentParser):
-    error = staticmethod(stop)  # one line instead of argparse's usage text
-
-
 def read_flags(flags, doc, argv=None):
     """{name: value} of the flags that are given; `flags` are like SETTINGS.
 
@@ -1884,8 +1862,10 @@ def read_flags(flags, doc, argv=None):
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is not allowed; {error}") from None
 
-    parser = Parser(description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = stop  # one line instead of argparse's usage text
     for name, (default, text, read) in flags.items():
         takes = {"choices": read} if isinstance(read, tuple) else {
             "type": functools.partial(convert, read), "metavar": name.upper()}
@@ -1908,7 +1888,7 @@ def resolve(given):
     out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
     saved, run = saved_steps(out), {}
     if saved:
-        run = load_checkpoint(saved[max(saved)], mmap=True)["settings"]
+        run = load_checkpoint(saved[max(saved)])["settings"]
         settings |= run | given
         if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
             settings["data"] = run["data"]  # in another spelling
@@ -1932,20 +1912,6 @@ def resolve(given):
     return s
 
 
-def report_runs(folders, out):
-    """--report: what `report` says of finished runs."""
-    runs = []
-    for folder in folders:
-        saved = saved_steps(folder)
-        settings = load_checkpoint(saved[max(saved)], mmap=True)["settings"] if saved else {}
-        if not saved or max(saved) < settings["steps"]:
-            raise ValueError(f"{folder} holds no finished run; give folders that --out named")
-        settings["data"] = os.path.basename(settings["data"])
-        runs.append((settings, list(read_rows(folder).values())))
-    out.mkdir(parents=True, exist_ok=True)
-    report(runs, out)
-
-
 def main(argv=None):
     given = read_flags(SETTINGS, __doc__, argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
@@ -1953,24 +1919,34 @@ def main(argv=None):
         with explained("--report"):
             if given.keys() - {"out"}:
                 raise ValueError("it goes with --out alone")
-            return report_runs(folders, Path(given.get("out", "runs/report")))
+            out, runs = Path(given.get("out", "runs/report")), []
+            for folder in folders:
+                saved = saved_steps(folder)
+                settings = load_checkpoint(saved[max(saved)])["settings"] if saved else {}
+                if not saved or max(saved) < settings["steps"]:
+                    raise ValueError(f"{folder} holds no finished run; give what --out named")
+                settings["data"] = os.path.basename(settings["data"])
+                runs.append((settings, read_rows(folder).values()))
+            out.mkdir(parents=True, exist_ok=True)
+            return report(runs, out)
     with explained("set-up"):
         run = Run(resolve(given))
     with explained(f"the run in {run.out}"):
-        if run.rank == 0:
-            run.describe()
+        run.describe()
         for step in run.settings.stage_steps:
             run.train(step)
             run.evaluate()
         run.train(run.settings.steps)
-        if run.rank == 0:
-            write_csv(run.out / "results.csv", run.rows.values())
-            if log := [row for row in run.rows.values() if row["samples"] == ""]:
-                plot_curves(run.out / "curves.png", run.settings.data, log)
-                print_rows([row for row in log if row["step"] == log[-1]["step"]], [
-                    "held_out_loss", "wobble", "reached", "distance_initial", "distance_raw"])
-            rows = [row for row in run.rows.values() if row["samples"] in (HELD_OUT, run.settings.samples)]
-            report([(vars(run.settings), rows)], run.out)
+        if run.rank:
+            return
+        log = [row for row in run.rows.values() if row["samples"] == ""]
+        rows = [r for r in run.rows.values() if r["samples"] in (HELD_OUT, run.settings.samples)]
+        write_csv(run.out / "results.csv", run.rows.values())
+        if log:
+            plot_curves(run.out / "curves.png", run.settings.data, log)
+            print_rows([row for row in log if row["step"] == log[-1]["step"]], [
+                "held_out_loss", "wobble", "reached", "distance_initial", "distance_raw"])
+        report([(vars(run.settings), rows)], run.out)
 
 
 if __name__ == "__main__":
