@@ -389,8 +389,8 @@ class EMABank(EMA):
     def error_bound(self, decay):
         """Bound on the Euclidean error that reading an untracked decay adds; 0.0 if it is tracked.
 
-        ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of a row for the rounding that the mixture passes on, of
-        this process's shards; for a debiased average divide by r_t = 1 - init_share.
+        ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of each row for the rounding that is passed on. For a debiased
+        average divide by r_t = 1 - init_share. It is that of this process's shards.
         """
         mixture, _, misfit = self._fit(parse_decay(decay))
         if not misfit:
@@ -505,14 +505,11 @@ class Diffusion:
 
         From t to s < t all three take x_s = c x_t + (alpha_s - c alpha_t) D + nu z: nu is the noise
         added, c the share of the old noise that is kept, D is x0_hat, extrapolated in the log
-        signal-to-noise ratio at order 2. Few steps are spaced quadratically, as in DDIM, appendix
-        D.2: evenly spaced, their last ones would be too long.
+        signal-to-noise ratio at order 2. The times t are evenly spaced.
         """
         if not 1 <= num_steps <= self.num_steps or order not in (1, 2) or (order == 2 and eta):
             raise ValueError(f"num_steps is 1 to {self.num_steps}, order 1 or 2, eta 0 at order 2")
-        u = torch.linspace(1, 0, num_steps, dtype=torch.float64)
-        times = ((self.num_steps - 1) * u.square()).round().long()
-        times = times.maximum(torch.arange(num_steps).flip(0)).tolist()  # each t at most once
+        times = torch.linspace(self.num_steps - 1, 0, num_steps).round().long().tolist()
         levels = [self.path[:2, t].tolist() for t in times] + [[1.0, 0.0]]  # (alpha, sigma)
         last = None  # x0_hat and the step in log(alpha / sigma) of the step before
         for t, (alpha, sigma), (alpha_s, sigma_s) in zip(times, levels, levels[1:]):
@@ -1820,14 +1817,14 @@ their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or
     "stages": ([1.0], "fractions of the run at which everything is evaluated",
                several(number(float, 1e-9, 1))),
     "batch_size": (32, "images per optimizer step, over all processes", COUNT),
-    "lr": (2e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
+    "lr": (1e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
     "cooldown": (0.0, "the last fraction of the steps, in which the learning rate falls to 0",
                  number(float, 0, 1)),
     "seed": (0, "of the initial weights, data order, noise and samples", number(int, 0)),
     "objective": ("v", "what the network predicts: noise, data, velocity", Diffusion.OBJECTIVES),
     "schedule": ("cosine", "of the noise; flow: the path of flow matching", Diffusion.SCHEDULES),
     "sampler": ("dpm++", "ancestral, deterministic, or DPM-Solver++(2M)", tuple(SAMPLERS)),
-    "sample_steps": (16, "network evaluations per sample", number(int, 1, 1000)),
+    "sample_steps": (24, "network evaluations per sample", number(int, 1, 1000)),
     "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
     "save_every": (500, "steps between checkpoints", COUNT),
     "log_every": (100, "steps between rows of the log", COUNT),
