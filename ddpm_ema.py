@@ -389,8 +389,8 @@ class EMABank(EMA):
     def error_bound(self, decay):
         """Bound on the Euclidean error that reading an untracked decay adds; 0.0 if it is tracked.
 
-        ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of each row for the rounding that is passed on. For a debiased
-        average divide by r_t = 1 - init_share. It is that of this process's shards.
+        ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of each row for the rounding that is passed on. For
+        a debiased average divide by r_t = 1 - init_share. It is that of this process's shards.
         """
         mixture, _, misfit = self._fit(parse_decay(decay))
         if not misfit:
@@ -750,7 +750,8 @@ def explained(what):
 
 
 class Dataset:
-    """Images [N, C, H, W], uint8 or float32, with labels [N] and their names where there are any.
+    """Images [N, C, H, W], uint8 or float32, with labels [N], their names and their shares of all
+    images where they are known.
 
     x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats (latents, representations)
              to mean 0 and standard deviation 1 in each channel
@@ -773,13 +774,14 @@ class Dataset:
             if not math.isfinite(self.bound):
                 raise ValueError("the data hold NaN or infinite values; all must be finite")
         self.turns = [0, 1, 2, 3] if images.shape[2] == images.shape[3] else [0, 2]
-        self.labels, self.names, self.num_classes = None, [], len(self.turns)
+        self.labels, self.shares, self.names, self.num_classes = None, None, [], len(self.turns)
         if labels is not None:
             if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
                 raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
                                  f"integer for each of the {len(images)} images")
-            values, labels = np.unique(labels, return_inverse=True)
+            values, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
             self.labels, self.num_classes = torch.from_numpy(labels), len(values)
+            self.shares = torch.from_numpy(counts / len(images))
             self.names = [str(value) if names is None else names[value] for value in values]
 
     def __len__(self):
@@ -883,10 +885,13 @@ def read_npz(path):
     """`images` [N, C, H, W] or [N, H, W, C], told apart by the two equal sizes or the least one."""
     with np.load(path, allow_pickle=False) as file:
         images, labels = file["images"], file.get("labels")
-    if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() <= 255:
+    if not isinstance(images, np.ndarray) or images.ndim != 4 or not images.size:
+        raise ValueError("`images` is no array of four axes")
+    if images.dtype.kind in "iu" and images.min() >= 0 and images.max() <= 255:
         images = images.astype(np.uint8)
     elif images.dtype.kind == "f":
-        images = images.astype(np.float32)
+        with np.errstate(over="ignore"):  # Dataset refuses what is infinite
+            images = images.astype(np.float32)
     else:
         raise ValueError(f"images are {images.dtype}; allowed are floats, integers from 0 to 255")
     a, b, c = images.shape[1:]
@@ -909,7 +914,7 @@ def load_data(source):
     """The Dataset behind --data; whatever is wrong with it is an exception of some kind."""
     if source == "glyphs":
         return Dataset(*draw_glyphs(24_096), names=list(GLYPHS))
-    path = download(source) if source in DOWNLOADS else Path(source)
+    path = download(source) if source in DOWNLOADS else Path(source or "nothing")
     if source == "cifar10":
         with tarfile.open(path / "cifar-10-binary.tar.gz") as tar:
             batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
@@ -1292,6 +1297,7 @@ class Run:
         self.ema, self.initial = EMABank(self.model, settings.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
         self.held_out_loss(1)  # do the shapes fit?
+        torch.empty(settings.batch_size, *data.images.shape[1:])  # is there room for a batch?
         if settings.features:
             with explained(f"--features {settings.features}"):
                 self.features_of = load_features(settings.features, self.data)
@@ -1361,7 +1367,7 @@ class Run:
         while True:
             logs = self.step % s.log_every == 0 or self.step == s.steps
             saves = self.step % s.save_every == 0 or self.step == until
-            if (logs or saves) and not self.running.isfinite().all():
+            if (logs or saves) and not (self.running.sum() + self.vector().sum()).isfinite():
                 stop(f"training diverged before step {self.step}; a lower --lr may help")
             if logs:
                 self.log()
@@ -1378,10 +1384,11 @@ class Run:
         loss, norm, count = self.running.tolist()
         if self.step % s.log_every == 0:  # else the run may be trained on, with the same means
             self.running.zero_()
-        if (self.step, "raw", "") in self.rows:
+        names = self.names(self.ema.decays)
+        if all((self.step, name, "") in self.rows for name in names):
             return
         self.model.eval()
-        for name in self.names(self.ema.decays):
+        for name in names:
             with self.weights(name):
                 row = self.row(name, held_out_loss=self.held_out_loss(128))
                 moved = self.vector() - self.initial
@@ -1459,7 +1466,7 @@ class Run:
         self.rows[key_of(row)] = row
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write("\n" + json.dumps(row))  # first the end of what may be a torn line
 
     @torch.no_grad()
     def held_out_loss(self, num_images):
@@ -1503,8 +1510,8 @@ class Run:
         count, data = self.settings.num_samples, self.data
         features, _ = self.features(data.batches(max(count, 10_000)), "training images")
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
-        shares = None if data.labels is None else data.labels.bincount().double() / len(data)
-        return {"moments": moments(features, once), "features": features[:count], "shares": shares}
+        return {"moments": moments(features, once), "features": features[:count],
+                "shares": data.shares}
 
     def measured(self, name, samples):
         """The row of some weights: their held-out loss, or how good their samples are."""
@@ -1889,11 +1896,13 @@ def resolve(given):
         settings |= run | given
         if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
             settings["data"] = run["data"]  # in another spelling
-    elif read_rows(out):
-        raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
+    elif any(step for step, *_ in read_rows(out)) or (  # step 0: it was killed at its start
+            (out / "metrics.jsonl").exists() and not read_rows(out)):
+        raise ValueError(f"{out} holds a metrics.jsonl without its run; choose another --out")
     s, reached = SimpleNamespace(**settings | {"out": str(out)}), max(saved, default=0)
     items = [item for text in s.decay for item in (SWEEP if text == "sweep" else [text])]
-    s.auto, s.decay = "auto" in items, list(dict.fromkeys(i for i in items if i != "auto"))
+    s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
+    s.decay = list(dict.fromkeys(item for item in items if item != "auto"))
     s.tracked = run.get("tracked", s.decay)
     s.stage_steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
     if s.steps < reached or (run and s.cooldown and s.steps != run["steps"]):
@@ -1916,14 +1925,14 @@ def main(argv=None):
         with explained("--report"):
             if given.keys() - {"out"}:
                 raise ValueError("it goes with --out alone")
-            out, runs = Path(given.get("out", "runs/report")), []
+            out, runs = Path(given.get("out") or "runs/report"), []
             for folder in folders:
-                saved = saved_steps(folder)
+                saved, rows = saved_steps(folder), read_rows(folder)
                 settings = load_checkpoint(saved[max(saved)])["settings"] if saved else {}
-                if not saved or max(saved) < settings["steps"]:
+                if not rows or not saved or max(saved) < settings["steps"]:
                     raise ValueError(f"{folder} holds no finished run; give what --out named")
                 settings["data"] = os.path.basename(settings["data"])
-                runs.append((settings, read_rows(folder).values()))
+                runs.append((settings, rows.values()))
             out.mkdir(parents=True, exist_ok=True)
             return report(runs, out)
     with explained("set-up"):
