@@ -1307,6 +1307,9 @@ class Run:
                 probe.error_bound(decay)  # can it be read there?
         self.out.mkdir(parents=True, exist_ok=True)
         self.rows, self.saved = read_rows(self.out), saved_steps(self.out)
+        if self.rank == 0:  # without lines that were torn or written twice
+            with replacing(self.out / "metrics.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
         self.kept = {*settings.stage_steps, settings.steps}  # checkpoints that stay
         self.classifier = Classifier(data.images.shape[1], data.num_classes)
         if self.saved:
@@ -1466,7 +1469,7 @@ class Run:
         self.rows[key_of(row)] = row
         if self.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write("\n" + json.dumps(row))  # first the end of what may be a torn line
+                file.write(json.dumps(row) + "\n")
 
     @torch.no_grad()
     def held_out_loss(self, num_images):
