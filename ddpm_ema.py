@@ -750,8 +750,7 @@ def explained(what):
 
 
 class Dataset:
-    """Images [N, C, H, W], uint8 or float32, with labels [N], their names and their shares of all
-    images where they are known.
+    """Images [N, C, H, W], uint8 or float32, with labels [N] and their names where there are any.
 
     x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats (latents, representations)
              to mean 0 and standard deviation 1 in each channel
@@ -774,14 +773,13 @@ class Dataset:
             if not math.isfinite(self.bound):
                 raise ValueError("the data hold NaN or infinite values; all must be finite")
         self.turns = [0, 1, 2, 3] if images.shape[2] == images.shape[3] else [0, 2]
-        self.labels, self.shares, self.names, self.num_classes = None, None, [], len(self.turns)
+        self.labels, self.names, self.num_classes = None, [], len(self.turns)
         if labels is not None:
             if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
                 raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
                                  f"integer for each of the {len(images)} images")
-            values, labels, counts = np.unique(labels, return_inverse=True, return_counts=True)
+            values, labels = np.unique(labels, return_inverse=True)
             self.labels, self.num_classes = torch.from_numpy(labels), len(values)
-            self.shares = torch.from_numpy(counts / len(images))
             self.names = [str(value) if names is None else names[value] for value in values]
 
     def __len__(self):
@@ -1073,7 +1071,9 @@ def measure(features, probs, real, num_bootstrap=20):
     row = metrics(*(torch.ones(size, dtype=torch.float64, device=features.device)
                     for size in (n, m)))
     row |= {f"{name}_sd": np.std([draw[name] for draw in draws], ddof=1).item() for name in row}
-    return row if true is None else row | {"modes": (hits.mean(0) / true).tolist()}
+    if true is not None:
+        row["modes"] = (hits.mean(0) / true).nan_to_num(posinf=0).tolist()
+    return row
 
 
 # ==================================================================================================
@@ -1101,8 +1101,10 @@ def read_rows(folder):
     """{key: row} of metrics.jsonl; the last line of a key counts, a torn line does not."""
     rows, path = {}, folder / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
+            if not {"step", "name", "samples"} <= set(row):
+                raise ValueError(f"{path} is not of this program; choose another --out")
             rows[key_of(row)] = row
     return rows
 
@@ -1513,8 +1515,10 @@ class Run:
         count, data = self.settings.num_samples, self.data
         features, _ = self.features(data.batches(max(count, 10_000)), "training images")
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
-        return {"moments": moments(features, once), "features": features[:count],
-                "shares": data.shares}
+        shares = None  # of the modes; one may be among the held-out images only
+        if data.labels is not None:
+            shares = data.labels.bincount(minlength=data.num_classes).double() / len(data)
+        return {"moments": moments(features, once), "features": features[:count], "shares": shares}
 
     def measured(self, name, samples):
         """The row of some weights: their held-out loss, or how good their samples are."""
@@ -1899,9 +1903,8 @@ def resolve(given):
         settings |= run | given
         if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
             settings["data"] = run["data"]  # in another spelling
-    elif any(step for step, *_ in read_rows(out)) or (  # step 0: it was killed at its start
-            (out / "metrics.jsonl").exists() and not read_rows(out)):
-        raise ValueError(f"{out} holds a metrics.jsonl without its run; choose another --out")
+    elif any(step for step, *_ in read_rows(out)):  # with step 0 alone it was killed at its start
+        raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
     s, reached = SimpleNamespace(**settings | {"out": str(out)}), max(saved, default=0)
     items = [item for text in s.decay for item in (SWEEP if text == "sweep" else [text])]
     s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
