@@ -195,20 +195,6 @@ class EMA:
         return row
 
     @torch.no_grad()
-    def _averages(self, decay, debias):
-        """Yields (parameter, its average): float32, of this process's shard, on its device."""
-        decay = self._tracked[0] if decay is None else parse_decay(decay)
-        row = self._coefficients(decay)
-        if debias and self.step:
-            row /= reach(decay, self.step, self.step)[-1]
-        row[0] += 1
-        for parameter, views in zip(self._parameters.values(), self._views):
-            total = torch.zeros_like(views[0], dtype=torch.float64)
-            for view, weight in zip(views, row.tolist()):
-                if weight:
-                    total.add_(view, alpha=weight)
-            yield parameter, total.to(local(parameter).device, torch.float32)
-
     def weights(self, decay=None, debias=False):
         """The averages (float32) and all else of the model, named as in the bare state_dict().
 
@@ -216,24 +202,25 @@ class EMA:
         no "_orig_mod." of torch.compile; under FSDP2 averages are DTensors, as the model's are.
         """
         state, averages = self._live(), {}
-        for p, average in self._averages(decay, debias):
+        decay = self._tracked[0] if decay is None else parse_decay(decay)
+        row = self._coefficients(decay)
+        if debias and self.step:
+            row /= reach(decay, self.step, self.step)[-1]
+        row[0] += 1
+        for p, views in zip(self._parameters.values(), self._views):
+            total = torch.zeros_like(views[0], dtype=torch.float64)
+            for view, weight in zip(views, row.tolist()):
+                if weight:
+                    total.add_(view, alpha=weight)
+            averages[id(p)] = average = total.to(local(p).device, torch.float32)
             if local(p) is not p:
                 like = {"shape": p.shape, "stride": p.stride()}
-                average = p.from_local(average, p.device_mesh, p.placements, **like)
-            averages[id(p)] = average
+                averages[id(p)] = p.from_local(average, p.device_mesh, p.placements, **like)
         for name, value in state.items():
             if torch.is_tensor(value):
                 average = averages.get(id(value))
                 state[name] = value.detach().clone() if average is None else average
         return state
-
-    @torch.no_grad()
-    def _write(self, values):
-        """Copies (parameter or buffer, its new value) into the model."""
-        bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
-        for value, new in values:
-            local(value).copy_(new)
-        torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
 
     @contextlib.contextmanager
     def applied(self, decay=None, debias=False):
@@ -243,16 +230,24 @@ class EMA:
         """
         if self._inside:
             raise RuntimeError("applied() inside applied(): the model already holds averages")
-        self._live()
+        averages = self.weights(decay, debias)
         values = [*self._parameters.values(), *self.model.buffers()]
         own = [(value, local(value).detach().clone()) for value in values]
         self._inside = True
         try:
-            self._write(self._averages(decay, debias))
+            self._write((p, local(averages[name])) for name, p in self._parameters.items())
             yield self.model
         finally:
             self._write(own)
             self._inside = False
+
+    @torch.no_grad()
+    def _write(self, values):
+        """Copies (parameter or buffer, its new value) into the model."""
+        bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
+        for value, new in values:
+            local(value).copy_(new)
+        torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
 
     def init_share(self, decay=None):
         """The weight that an average gives to the initial weights at the present step."""
