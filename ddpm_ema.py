@@ -1138,7 +1138,8 @@ def cell(row, field):
     if value is None:
         return "-"
     if not isinstance(value, float) or not spread or not math.isfinite(spread):
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        plain = not isinstance(value, float)
+        return str(value) if plain else f"{value:,.{'0f' if abs(value) >= 999.5 else '3g'}}"
     digits = math.floor(math.log10(spread))
     digits = max(0, -digits + (spread < 2 * 10**digits))
     return f"{value:.{digits}f} ± {spread:.{digits}f}"
@@ -1207,7 +1208,7 @@ def saved_steps(folder):
 
 def load_checkpoint(path):
     with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if {"settings", "step", "running", "kept", "ema"} <= checkpoint.keys():
             return checkpoint
     raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
@@ -1530,7 +1531,7 @@ class Run:
         return self.row(name, samples, **metrics)
 
     def complete(self, names, samples):
-        """Adds what rows are lacking, as many at once as there are processes; True if any were."""
+        """Adds what rows are lacking, as many at once as there are processes."""
         names = [name for name in names if (self.step, name, samples) not in self.rows]
         start = time.perf_counter()
         for i in range(0, len(names), self.world):
@@ -1541,7 +1542,6 @@ class Run:
             left = (time.perf_counter() - start) / done * (len(names) - done) / 60
             show(f"step {self.step}, {samples}: {done} of {len(names)} rows, {left:.1f} min left",
                  keep=done == len(names))
-        return bool(names)
 
     def evaluate(self):
         """Adds the rows that the table lacks at this step."""
@@ -1551,13 +1551,22 @@ class Run:
         names = dict.fromkeys(["real", *self.names(s.decay)])
         if s.auto:
             names[chosen(self.rows.values(), self.step)["name"]] = None
-        if (self.complete(names, s.samples) or not picture.exists()) and self.rank == 0:
+        lacks = [name for name in names if (self.step, name, s.samples) not in self.rows]
+        if lacks and self.rank == 0:  # a picture of other rows would stay after an interruption
+            picture.unlink(missing_ok=True)
+        self.complete(lacks, s.samples)
+        if self.rank == 0 and not picture.exists():
             lines = []
             for name in names:
                 with self.weights(name):
                     x0 = next(self.data.batches(16) if name == "real" else self.draw(16))
                 lines.append((self.rows[self.step, name, s.samples], x0.cpu()))
             plot_samples(picture, lines)
+        if self.rank == 0 and lacks:  # so that one who stops here has the table so far
+            write_csv(self.out / "results.csv", self.rows.values())
+            if self.step < s.stage_steps[-1]:
+                rows = [self.rows[self.step, name, s.samples] for name in names]
+                print_rows(rows, known(rows))
 
     def describe(self):
         """Says what will run, and what follows from it."""
@@ -1639,7 +1648,7 @@ def draw(path, title, panels, inset=None):
     panels = [panel for panel in panels if any(panel.y in row for row in panel.rows)]
     columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     figure = Figure(figsize=(5.2 * columns, 3.9 * lines + 0.3), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels):
         draw_panel(axis, panel)
@@ -1781,7 +1790,8 @@ def write_csv(path, rows):
     """results.csv: the rows for people, of what is a number or a text."""
     names = dict.fromkeys(["step", "name", "init_share", "samples"])
     names |= {name: None for row in rows for name in row if not isinstance(row[name], list)}
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+    with replacing(path) as temporary, open(
+            temporary, "w", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
