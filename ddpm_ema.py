@@ -252,7 +252,8 @@ class EMA:
     def init_share(self, decay=None):
         """The weight that an average gives to the initial weights at the present step."""
         decay = self._tracked[0] if decay is None else parse_decay(decay)
-        return 1 - reach(decay, self.step, self.step)[-1].item()
+        t = torch.arange(1, self.step + 1, dtype=torch.float64, device="cpu")
+        return log_decays(decay, t).sum().exp().item()
 
     def state_dict(self):
         """All that an uninterrupted run knows: numbers, texts and CPU tensors, of own shards."""
@@ -1615,8 +1616,8 @@ def draw_panel(axis, panel):
         lines.setdefault((row[by], row["debiased"]), []).append(row)
     groups = [g for g in dict.fromkeys(r[by] for r in rows) if g not in ("raw", "real")]
     for (group, debiased), line in lines.items():
-        place = groups.index(group) / max(len(groups) - 1, 1) if group in groups else 0
-        color = matplotlib.colormaps["YlGnBu"](0.35 + 0.65 * place) if group in groups else "black"
+        place = (groups.index(group) + 1) / len(groups) if group in groups else 0
+        color = matplotlib.colormaps["YlGnBu"](0.2 + 0.75 * place) if place else "black"
         across, value, spread = (np.array([row.get(field, 0) for row in line], float)
                                  for field in (x, y, f"{y}_sd"))
         label = f"step {group}" if by == "step" else NAMES.get(group, group)
@@ -1633,7 +1634,7 @@ def draw_panel(axis, panel):
         if field in ("fd", "fid", "held_out_loss", "horizon"):
             axis.set(**{f"{side.axis_name}scale": "log"})
         if field == "horizon":  # marked with the decays
-            ticks = {1 / (1 - decay): f"{decay:g}" for decay in TICKS}
+            ticks = {1 / (1 - decay): f"{decay:g}" if decay else "raw" for decay in TICKS}
             low, high = side.get_view_interval()
             ticks = {place: text for place, text in ticks.items() if low <= place <= high}
             side.set_ticks([*ticks], [*ticks.values()], fontsize=7, rotation=30)
@@ -1652,7 +1653,8 @@ def draw(path, title, panels, inset=None):
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels):
         draw_panel(axis, panel)
-        axis.legend(frameon=False, fontsize=8)
+        if not (inset and axis is axes[0]):
+            axis.legend(frameon=False, fontsize=8)
     for axis in axes[len(panels):]:
         axis.set_axis_off()
     if inset:
@@ -1675,19 +1677,21 @@ def plot_curves(path, title, rows):
     plane = np.linalg.svd(sketches, full_matrices=False)[2][:2]  # [2, 64]
     plain = [row | {"east": east, "north": north}
              for row, (east, north) in zip(plain, sketches @ plane.T)]
-    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
+    raw = {row["step"]: row["held_out_loss"] for row in rows if row["name"] == "raw"}
+    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]
+            and row["held_out_loss"] < 1.2 * raw[row["step"]]]
     draw(path, title, [
         Panel("Averages lag at first, then they are ahead", rows, "step", "held_out_loss", "decay",
               "step"),
         Panel("Raw weights wander, averages cut through", plain, "east", "north", "decay", "step")],
-        Panel("the last quarter", late, "step", "held_out_loss", "decay", "step"))
+        Panel("near raw, in the last quarter", late, "step", "held_out_loss", "decay", "step"))
 
 
 def plot_sweep(path, title, rows, candidates):
     """sweep.png: the metrics against the decay, a line a stage, and each stage's best decay."""
-    leaders = []
-    for metric in {*known(rows)} - {"is", "covered_modes", "legible"}:
-        for step in dict.fromkeys(row["step"] for row in rows):
+    leaders, steps = [], list(dict.fromkeys(row["step"] for row in rows))
+    for metric in [m for m in known(rows) if m not in ("is", "covered_modes", "legible")]:
+        for step in steps if len(steps) > 1 else ():
             peers = [r for r in rows if r["step"] == step and "horizon" in r]
             leaders.append(best(peers, metric) | {"metric": metric, "debiased": False})
     draw(path, title, [
