@@ -1162,11 +1162,11 @@ def print_table(header, lines, keys=2):
             print("| " + " | ".join(line[i].ljust(widths[i]) for i in table) + " |")
 
 
-def print_rows(rows, fields, within=("step",)):
+def print_rows(rows, fields, within=("step",), keys=("step", "name")):
     """A table of rows. Bold among those that agree in `within`: the best, and what is not clearly
     worse than it.
     """
-    lines, keys = [], list(dict.fromkeys((*within, "name")))
+    lines = []
     for row in rows:
         peers = [r for r in rows if all(r[k] == row[k] for k in within) and r["name"] != "real"]
         lines.append([cell(row, field) for field in (*keys, *fields)])
@@ -1782,8 +1782,10 @@ def report(runs, out):
                 ranked += [row | {"method": differ} for row in [ahead, *peers]]
     if len(methods) > 1:
         print("\nThe methods at each decay, and each at its best one")
+        places = [(row["step"], row["name"]) for row in ranked]
+        ranked = [row for row, place in zip(ranked, places) if places.count(place) > 1]
         ranked.sort(key=lambda row: (row["step"], row["name"] != "best decay", row["name"]))
-        print_rows(ranked, ["method", *metrics], within=("step", "name"))
+        print_rows(ranked, metrics, ("step", "name"), ("step", "name", "method"))
         draw(out / "report.png", "The methods beside each other", [
             Panel(f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
                   "method") for field in (metrics[0], "precision", "tail_share")
