@@ -304,9 +304,9 @@ class EMABank(EMA):
     """
 
     def __init__(self, model, decays=0.999, ladder=LADDER, block=16, device=None):
-        if block < 1 or any(not 0 < rung < 1 for rung in ladder or ()):
+        if block < 1 or any(not 0 < float(rung) < 1 for rung in ladder or ()):
             raise ValueError("block is at least 1, and a ladder's decays lie between 0 and 1")
-        self.block, self.ladder = block, [parse_decay(rung) for rung in ladder or ()]
+        self.block, self.ladder = block, [parse_decay(float(rung)) for rung in ladder or ()]
         self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
         super().__init__(model, decays, device)
         self._table[1] = self._table[0]
@@ -369,7 +369,8 @@ class EMABank(EMA):
         error = target - fit @ rows  # [t + 1]
         mixture[used] = fit[:-1]
         latest[:window] = -torch.nn.functional.pad(error[:window], (0, 1)).diff()
-        return mixture, latest, error[window:].norm().item()
+        rounding = 2e-15 * target[window:].square().sum()  # of the steps within a fold
+        return mixture, latest, (error[window:].square().sum() + rounding).sqrt().item()
 
     def _coefficients(self, decay):
         mixture, latest, _ = self._fit(decay)
@@ -1369,7 +1370,8 @@ class Run:
         while True:
             logs = self.step % s.log_every == 0 or self.step == s.steps
             saves = self.step % s.save_every == 0 or self.step == until
-            if (logs or saves) and not (self.running.sum() + self.vector().sum()).isfinite():
+            if (logs or saves) and not math.isfinite(
+                    self.running.sum().item() + self.held_out_loss(1)):
                 stop(f"training diverged before step {self.step}; a lower --lr may help")
             if logs:
                 self.log()

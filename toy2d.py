@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from numba import njit, prange, types
 from numba.extending import overload
 
-from ddpm_ema import (EMA, explained, number, one_of, parse_decay, print_table, read_flags,
+from ddpm_ema import (EMA, explained, number, parse_decay, print_table, read_flags,
                       replacing, several, show)
 
 # ==================================================================================================
@@ -280,7 +280,7 @@ FLAGS = {  # flag: (default, what it is, its reader)
     "steps": (4096, "training steps", number(int, 8, 10**7)),
     "seeds": (5, "seeds, trained together", number(int, 1, 1000)),
     "batch_size": (1024, "samples for each step and seed", number(int, 1, 10**6)),
-    "target": ("exact", "learn from exact: D itself; or from samples", one_of("exact", "samples")),
+    "target": ("exact", "learn from exact: D itself; or from samples", ("exact", "samples")),
     "out": (Path("runs/toy2d"), "folder for the table and the pictures", Path),
 }
 INK, ALARM, QUIET = "#16325c", "#e3170a", "0.55"
