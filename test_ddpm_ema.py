@@ -686,10 +686,9 @@ def test_ancestral_noise_has_the_posterior_variance():
     noise = torch.Generator().manual_seed(0)
     walk = Diffusion("linear", "eps").sample(lambda x, t: 0 * x, torch.zeros(200_000, 1), 1000,
                                              eta=1.0, generator=noise)
-    (_, _, _), (t, x, _) = next(walk), next(walk)
-    assert t == 998
+    _, (t, x, _) = next(walk), next(walk)
     expected = beta[999] * (1 - bar[998]) / (1 - bar[999])
-    assert x.var().item() == pytest.approx(expected, rel=0.01)
+    assert t == 998 and x.var().item() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -1262,7 +1261,7 @@ def test_two_processes_give_the_losses_of_one(bars, tmp_path):
     run(bars.data, tmp_path, *FLAGS)  # goes on with one
     ours = read_rows(tmp_path)
     for key, row in bars.rows.items():
-        for name in ("loss", "held_out_loss"):
+        for name in ("loss", "grad_norm", "held_out_loss"):
             assert name not in row or ours[key][name] == pytest.approx(row[name], rel=1e-3)
 
 
@@ -1326,7 +1325,7 @@ def finished_run(bars, folder, objective, seed, fds):
     return str(folder)
 
 
-def test_report_pools_seeds_and_marks_flips(bars, tmp_path, capfd):
+def test_report_pools_seeds_and_ranks_methods(bars, tmp_path, capfd):
     table = {  # at 0.97, the best of both, v is ahead by 4
         ("v", 0): (1, 20, 11, 5, 9), ("eps", 0): (1, 15, 12, 9, 8.8),
         ("v", 1): (1, 22, 9, 5, 12), ("eps", 1): (1, 17, 14, 9, 9.8)}
@@ -1336,15 +1335,17 @@ def test_report_pools_seeds_and_marks_flips(bars, tmp_path, capfd):
         main(["--report", *folders, "--out", str(tmp_path / "report")])
     printed = capfd.readouterr().out
     assert "objective v" in printed and "over 2 seeds" in printed
-    cells = [[text.strip(" *") for text in line.split("|")[2:-1]] for line in printed.splitlines()]
-    last = {name: [line[-1] for line in cells if line[:1] == [name]] for name in (
-        "best decay", "raw", "0.9", "0.97", "0.99")}
-    assert last["0.9"] == ["10.0 ± 1.4", "13.0 ± 1.4", "AB"] and last["0.97"] == ["5", "9", "AB"]
-    assert [column[-1] for column in last.values()] == ["AB", "BA!", "AB", "AB", "BA?"]
+    ranking = printed.split("The methods at each decay")[1].splitlines()
+    bold = {name: [line.split("|")[3].strip() for line in ranking
+                   if f"| {name} " in line and "**" in line]
+            for name in ("best decay", "raw", "0.9", "0.97", "0.99")}
+    v, eps = "objective v", "objective eps"
+    assert bold == {"best decay": [v], "raw": [eps], "0.9": [v], "0.97": [v], "0.99": [v, eps]}
+    assert any("10.0 ± 1.4" in line for line in ranking)
     lines = [list(line.get_ydata()) for line in FIGURES["report.png"].axes[0].lines]
     assert [line for line in lines if len(line) == 4] == [[21, 10, 5, 10.5], [16, 13, 9, 9.3]]
     empty = finished_run(bars, tmp_path / "empty", "v", 0, ())
-    for flags, message in ((["nowhere"], "no finished run"), ([folders[0]] * 2, "nothing"),
+    for flags, message in ((["nowhere"], "no finished run"), ([folders[0]] * 2, "same settings"),
                            ([folders[0], "--decay", "0.9"], "--out alone"), ([empty], "empty")):
         assert message in fails(capfd, "--report", *flags)
 
@@ -1425,12 +1426,11 @@ def test_bad_input_is_one_line(bars, bad, tmp_path, capfd, monkeypatch, flags, m
 
 
 def test_names_of_any_kind(bars, tmp_path, monkeypatch):
-    """Dollars, line breaks, bytes that are no UTF-8: they are read and resumed like others."""
+    """Dollars, line breaks, bytes that are no UTF-8: read, drawn and resumed like others."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a$b_$c", "a\nb", "a\udcffb"):
-        shutil.copy(bars.data, f"{name}.npz")
-        for steps in "12":
-            run(f"{name}.npz", f"run-{name}", "--steps", steps, pictures=True)
+    shutil.copy(bars.data, name := "a$b_$c\nd\udcff.npz")
+    for steps in "12":
+        run(name, f"run-{name}", "--steps", steps, pictures=steps == "1")
 
 
 def test_debugging_shows_the_traceback(tmp_path, monkeypatch):
@@ -1532,8 +1532,7 @@ def command(monkeypatch, *flags):
 
 
 def table(folder):
-    """{(step, weights): [seeds, 3]} of results.csv."""
-    found = {}
+    found = {}  # (step, weights): [seeds, 3]
     for row in csv.DictReader((folder / "results.csv").open()):
         found.setdefault((int(row["step"]), row["weights"]), []).append(
             [float(row[name]) for name in toy2d.MEASURES])
@@ -1551,7 +1550,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for one, other in zip(*files):  # bit for bit
         assert one.read_bytes() == other.read_bytes()
     rows = table(tmp_path / "a")
-    assert {step for step, _ in rows} == {8, 16, 32, 64}
     raw, still = rows[64, "raw"], rows[64, "EMA halflife:1000000"]
     assert rows[64, "exact denoiser"][:, 1].min() > 0.99
     assert raw[:, 1].mean() > rows[8, "raw"][:, 1].mean() + 0.1  # it learns
@@ -1561,17 +1559,15 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert rows[64, "EMA halflife:1000000 debiased"][:, 1].mean() > still[:, 1].mean() + 0.05
     cells = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|")]
     assert len(cells) == len(rows) + 2 and {len(line) for line in cells} == {6}
-    mean, last = float(cells[-1][4].split("±")[0]), [*rows.values()][-1][:, 1]
-    assert mean == pytest.approx(last.mean(), abs=1e-3)
+    last = [*rows.values()][-1][:, 1].mean()
+    assert float(cells[-1][4].split("±")[0]) == pytest.approx(last, abs=1e-3)
     for name, least in (("toy2d.png", 1000), ("trajectories.png", 3000), ("stages.png", 2000)):
         picture = matplotlib.image.imread(tmp_path / "a" / name)[60:-60, :, :3]  # no legend
         assert (np.ptp(picture, axis=2) > 0.15).sum() > least, name
 
 
 def test_ctrl_c_keeps_the_stages_reached(tmp_path, monkeypatch, capsys):
-    sample = toy2d.sample_stage
-
-    def interrupted(step, *given):
+    def interrupted(step, *given, sample=toy2d.sample_stage):
         if step == 2:
             raise KeyboardInterrupt
         return sample(step, *given)

@@ -250,7 +250,7 @@ def train(model, ema, steps, stages, batch_size, target):
         loss.backward()
         optimizer.step()
         ema.update()
-        show(f"step {step} of {steps}, loss {loss:.4f}", keep=step % 512 == 0)
+        show(f"step {step} of {steps}, loss {loss / len(draws):.4f}", keep=step % 512 == 0)
         if step in stages:
             yield step
 
@@ -396,7 +396,7 @@ def run(rows, decay, steps, seeds, batch_size, target, out):
         if step == stages[1]:
             plot_on_tree(out / "toy2d.png", f"What averaging does, at step {step}", WHOLE, samples)
             paths = {name: paths[name] for name in [*paths][:2] + [*paths][2:][-2:]}
-            plot_on_tree(out / "trajectories.png", f"Near a fork, at step {step}", FORK, paths)
+            plot_on_tree(out / "trajectories.png", f"A fork of twigs, step {step}", FORK, paths)
     plot_stages(out / "stages.png", rows)
 
 
