@@ -1761,6 +1761,7 @@ def report(runs, out):
             seeds[settings["seed"]] = [r for r in rows if r["samples"] in (HELD_OUT, samples)]
     if len({dict(method)["data"] for method in methods}) > 1:
         raise ValueError("runs on different data have no ranking; give them to --report apart")
+    out.mkdir(parents=True, exist_ok=True)
     for number, (method, seeds) in enumerate(methods.items(), 1):
         rows = sorted(pool(list(seeds.values())), key=lambda row: row["step"])
         whole = {row["step"] for row in rows if row["name"] == "raw" and row["samples"] != HELD_OUT}
@@ -1952,7 +1953,6 @@ def main(argv=None):
                     raise ValueError(f"{folder} holds no finished run; give what --out named")
                 settings["data"] = os.path.basename(settings["data"])
                 runs.append((settings, rows.values()))
-            out.mkdir(parents=True, exist_ok=True)
             return report(runs, out)
     with explained("set-up"):
         run = Run(resolve(given))
