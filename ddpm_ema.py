@@ -102,6 +102,18 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def flat(parameters):
+    """Their values, under FSDP2 those of this process's shards, in one vector."""
+    return torch.cat([local(p).reshape(-1) for p in parameters])
+
+
+def cut(vector, parameters):
+    """The reverse: views of a vector in the shapes of the parameters (of their shards)."""
+    shapes = [local(p).shape for p in parameters]
+    parts = vector.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes)]
+
+
 class EMA:
     """Moving averages of a model's weights, for one decay or a few.
 
@@ -127,6 +139,7 @@ class EMA:
             raise TypeError(f"EMA takes the model, a torch.nn.Module, not a {type(model).__name__}")
         single = isinstance(decays, str) or not hasattr(decays, "__iter__")
         self.decays = list(dict.fromkeys(map(parse_decay, [decays] if single else decays)))
+        self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
         self.model, self.step, self._inside = model, 0, False
         state = bare_state(model)
         first = {id(p): name for name, p in reversed(state.items())}  # tied ones are averaged once
@@ -134,22 +147,21 @@ class EMA:
                             if getattr(p, "requires_grad", False) and first[id(p)] == name}
         if any(p.requires_grad and id(p) not in first for p in model.parameters()):
             raise ValueError("the model's state_dict() does not hold all of its parameters")
-        self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
         if not self._tracked or not self._parameters:
             raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
+        groups, size = {}, 0  # of neighbours: small enough for a cache, too large for call overhead
+        for p in self._parameters.values():
+            groups.setdefault((p.device, size // 2**18), []).append(p)
+            size += local(p).numel()
         # The table: θ_0; what is pending, in an EMA m of every decay; d of every decay.
-        shards = [local(p) for p in self._parameters.values()]
-        size, pending = sum(map(torch.numel, shards)), self._pending or len(self._tracked)
-        rows, at = 1 + pending + len(self._tracked), 0
-        self._table = shards[0].new_zeros(rows, size, dtype=torch.float32, device=device)
-        self._d, self._tables = self._table[1 + pending :], {}
-        for name, shard in zip(self._parameters, shards):
-            strides = torch.empty_like(shard, device="meta").stride()  # channels_last stays so
-            table = self._table.as_strided((rows, *shard.shape), (size, *strides), at)
-            table[0].copy_(shard)
-            self._tables[name], at = table, at + shard.numel()
-        self._views = [table.unbind() for table in self._tables.values()]  # cut once: it takes time
-        shapes = {name: list(table.shape) for name, table in self._tables.items()}
+        rows = 1 + (self._pending or len(self._tracked)) + len(self._tracked)
+        self._table = flat([p]).new_zeros(rows, size, dtype=torch.float32, device=device)
+        parts = self._table.split([len(flat(group)) for group in groups.values()], dim=1)
+        self._groups = list(zip(groups.values(), parts))
+        for parameters, part in self._groups:
+            part[0] = flat(parameters)
+        self._d, self._saved = self._table[-len(self._tracked):], {"table": self._table}
+        shapes = {name: list(local(p).shape) for name, p in self._parameters.items()}
         self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block, **shapes}
 
     def _live(self):
@@ -177,9 +189,9 @@ class EMA:
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
         reaches = [reach(decay, self.step, n) for decay in self._tracked]
         shares = [(r[1] / r[n]).item() for r in reaches]
-        for parameter, (initial, *means) in zip(self._parameters.values(), self._views):
-            x = local(parameter).to(initial) - initial
-            for mean, share in zip(means, shares):
+        for parameters, part in self._groups:
+            x = flat(parameters).to(part) - part[0]
+            for mean, share in zip(part[1:], shares):
                 mean.lerp_(x, share)
         if n == self.block:
             for d, mean, r in zip(self._d, self._table[1:], reaches):
@@ -207,15 +219,17 @@ class EMA:
         if debias and self.step:
             row /= reach(decay, self.step, self.step)[-1]
         row[0] += 1
-        for p, views in zip(self._parameters.values(), self._views):
-            total = torch.zeros_like(views[0], dtype=torch.float64)
-            for view, weight in zip(views, row.tolist()):
+        for parameters, part in self._groups:
+            total = torch.zeros_like(part[0], dtype=torch.float64)
+            for values, weight in zip(part, row.tolist()):
                 if weight:
-                    total.add_(view, alpha=weight)
-            averages[id(p)] = average = total.to(local(p).device, torch.float32)
-            if local(p) is not p:
-                like = {"shape": p.shape, "stride": p.stride()}
-                averages[id(p)] = p.from_local(average, p.device_mesh, p.placements, **like)
+                    total.add_(values, alpha=weight)
+            for p, average in zip(parameters, cut(total, parameters)):
+                average = average.to(p.device, torch.float32)
+                if local(p) is not p:
+                    like = {"shape": p.shape, "stride": p.stride()}
+                    average = p.from_local(average, p.device_mesh, p.placements, **like)
+                averages[id(p)] = average
         for name, value in state.items():
             if torch.is_tensor(value):
                 average = averages.get(id(value))
@@ -257,8 +271,8 @@ class EMA:
 
     def state_dict(self):
         """All that an uninterrupted run knows: numbers, texts and CPU tensors, of own shards."""
-        tables = {name: table.to("cpu", copy=True) for name, table in self._tables.items()}
-        return {"step": self.step, "layout": self._layout, "tables": tables}
+        saved = {name: value.to("cpu", copy=True) for name, value in self._saved.items()}
+        return {"step": self.step, "layout": self._layout, **saved}
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -267,8 +281,8 @@ class EMA:
         for key in {**ours, **saved}:
             if ours.get(key) != saved.get(key):
                 raise ValueError(f"{key}: {saved.get(key)} in the state, {ours.get(key)} here")
-        for name, table in self._tables.items():
-            table.copy_(state["tables"][name])
+        for name, value in self._saved.items():
+            value.copy_(state[name])
         self.step = state["step"]
 
 
@@ -310,16 +324,20 @@ class EMABank(EMA):
         self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
         super().__init__(model, decays, device)
         self._table[1] = self._table[0]
-        cached = 32768 if self._table.device.type == "cpu" else 262144
-        self._chunks = self._table.split(cached, dim=1)  # what is folded at once fits the cache
+        # Views of the rows θ_b … θ_t in the parameters' shapes: cut once, since it takes time.
+        self._rows = [[view for parameters, part in self._groups
+                       for view in cut(part[1 + n], parameters)] for n in range(block + 1)]
+        cached = min(2**15, 2**20 // len(self._table))  # what is folded at once fits a CPU's cache
+        cached *= 1 if self._table.device.type == "cpu" else 8
+        self._chunks = self._table.split(cached, dim=1)
         self._scratch = torch.empty_like(self._table[1:, :cached])
         self._path = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
-        self._tables["path"] = self._path  # to be saved with the rest
+        self._saved["path"] = self._path
 
     def _take(self, n):
         """Keeps step n; at the end of a block d = (1 - r_n) d + r_n (θ_b - θ_0) + Σ_j r_j δ."""
-        rows = [views[1 + n] for views in self._views]
-        torch._foreach_copy_(rows, [local(p) for p in self._parameters.values()])
+        now = [local(p) for parameters, _ in self._groups for p in parameters]
+        torch._foreach_copy_(self._rows[n], now)
         if n < self.block:
             return
         reaches = torch.stack([reach(decay, self.step, n) for decay in self._tracked])  # [K, n + 1]
@@ -341,45 +359,38 @@ class EMABank(EMA):
         self._table[1] = self._table[n + 1]
 
     def _fit(self, decay):
-        """A decay as a mixture: of the tracked ones [K], of the last steps [block]; and ‖R‖.
+        """A decay as a mixture a_k [K] of the tracked ones, and how far it misses, ‖R‖.
 
         The mixture Σ a_k d_k misses d by Σ R_n δ_{t+1-n} with R = r - Σ a_k r_k, so the a_k
         minimise ‖R‖, and ‖error‖ <= ‖R‖ (Σ ‖δ_t‖²)^½.
         """
-        mixture = torch.zeros(len(self._tracked), dtype=torch.float64, device="cpu")
-        latest, t = mixture.new_zeros(self.block), self.step
+        mixture, t = torch.zeros(len(self._tracked), dtype=torch.float64, device="cpu"), self.step
         if decay in self._tracked:
             mixture[self._tracked.index(decay)] = 1
-            return mixture, latest, 0.0
+            return mixture, 0.0
         rungs = sorted(map(float, self.ladder))
         now = log_decays(decay, mixture.new_tensor([max(t, 1)])).exp().item()
         if not rungs or not rungs[0] <= now <= rungs[-1]:
             between = [f"{rungs[0]:.6g} to {rungs[-1]:.6g}"] if rungs else []
             raise ValueError(f"decay {decay} ({now:.6g} at step {t}) is not there; there are "
                              + ", ".join([*self.decays, *between]))
-        # The last weights are at hand and take up R within `window` steps: the fit sees what is
-        # before. θ_0 is one more row, r = 0. The ridge keeps the rows' rounding small.
-        window = min(self.block, t)
-        used = [k for k, row in enumerate(self._tracked) if row in self.ladder]
-        rows = [1 - reach(self._tracked[k], t, t) for k in used]
-        rows = torch.stack([*rows, torch.ones_like(rows[0])])  # [rungs + 1, t + 1]
-        target, past = 1 - reach(decay, t, t), rows[:, window:]
-        ridge = 1e-12 * rows.square().sum(1).diag()
-        fit = torch.linalg.solve(past @ past.T + ridge, past @ target[window:])
-        error = target - fit @ rows  # [t + 1]
-        mixture[used] = fit[:-1]
-        latest[:window] = -torch.nn.functional.pad(error[:window], (0, 1)).diff()
-        rounding = 2e-15 * target[window:].square().sum()  # of the steps within a fold
-        return mixture, latest, (error[window:].square().sum() + rounding).sqrt().item()
+        used = [k for k, tracked in enumerate(self._tracked) if tracked in self.ladder]
+        rows = torch.stack([reach(self._tracked[k], t, t)[1:] for k in used])  # [rungs, t]
+        target = reach(decay, t, t)[1:]  # [t]
+        gram = rows @ rows.T
+        ridge = 1e-12 * gram.diag().clamp(min=1e-9).diag()  # keeps a_k, and their rounding, small
+        mixture[used] = fit = torch.linalg.solve(gram + ridge, rows @ target)
+        rounding = 2e-15 * target.square().sum()  # of the steps within a fold
+        return mixture, ((target - fit @ rows).square().sum() + rounding).sqrt().item()
 
     def _coefficients(self, decay):
-        mixture, latest, _ = self._fit(decay)
+        mixture, _ = self._fit(decay)
         n = self.step % self.block
         reaches = torch.stack([reach(tracked, self.step, n) for tracked in self._tracked])
-        latest[:n] += mixture @ reaches.diff()  # θ of j steps back: r_{j+1} - r_j
+        latest = (mixture @ reaches.diff()).flip(0)  # [n] of θ_{t-n+1} … θ_t: r_{j+1} - r_j
         row = mixture.new_zeros(len(self._table))
-        row[[2 + (self.step - 1 - j) % self.block for j in range(self.block)]] = latest
-        row[0], row[self.block + 2 :] = -latest.sum(), mixture * (1 - reaches[:, n])
+        row[0], row[2 : 2 + n] = -latest.sum(), latest
+        row[self.block + 2 :] = mixture * (1 - reaches[:, n])
         return row
 
     @torch.no_grad()
@@ -389,7 +400,7 @@ class EMABank(EMA):
         ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of each row for the rounding that is passed on. For
         a debiased average divide by r_t = 1 - init_share. It is that of this process's shards.
         """
-        mixture, _, misfit = self._fit(parse_decay(decay))
+        mixture, misfit = self._fit(parse_decay(decay))
         if not misfit:
             return 0.0
         pending = self._table[1 : 2 + self.step % self.block].diff(dim=0)
