@@ -74,10 +74,10 @@ def log_decays(decay, t):
         return torch.log1p(-(9 / (10 + t)).clamp(min=1 - float(number)))
     if kind == "halflife":
         return torch.full_like(t, -math.log(2) / float(number))
-    if kind == "power":  # γ solves sigma_rel² (γ+2)² (γ+3) = γ+1; its largest root, by Viète
+    if kind == "power":  # γ is the largest root of sigma_rel² (γ+2)² (γ+3) = γ+1
         s = float(number) ** -2
-        angle = math.acos(-(2 * s + 1 / 9) / (s + 1 / 3) * (3 / (s + 1 / 3)) ** 0.5)
-        gamma = 2 * ((s + 1 / 3) / 3) ** 0.5 * math.cos(angle / 3) - 7 / 3
+        cubic = t.new_tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]])
+        gamma = torch.linalg.eigvals(cubic).real.max()
         return (gamma + 1) * torch.log1p(-1 / t)
     return torch.full_like(t, float(number)).log()
 
@@ -137,19 +137,17 @@ class EMA:
     def __init__(self, model, decays=0.999, device=None):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"EMA takes the model, a torch.nn.Module, not a {type(model).__name__}")
-        single = isinstance(decays, str) or not hasattr(decays, "__iter__")
-        self.decays = list(dict.fromkeys(map(parse_decay, [decays] if single else decays)))
+        decays = [decays] if isinstance(decays, (str, float, int)) else decays
+        self.decays = list(dict.fromkeys(map(parse_decay, decays)))
         self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
         self.model, self.step, self._inside = model, 0, False
         state = bare_state(model)
         first = {id(p): name for name, p in reversed(state.items())}  # tied ones are averaged once
         self._parameters = {name: p for name, p in state.items()
                             if getattr(p, "requires_grad", False) and first[id(p)] == name}
-        if any(p.requires_grad and id(p) not in first for p in model.parameters()):
-            raise ValueError("the model's state_dict() does not hold all of its parameters")
         if not self._tracked or not self._parameters:
             raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
-        groups, size = {}, 0  # of neighbours: small enough for a cache, too large for call overhead
+        groups, size = {}, 0  # of parameters, to be read at once: few calls, and within a cache
         for p in self._parameters.values():
             groups.setdefault((p.device, size // 2**18), []).append(p)
             size += local(p).numel()
@@ -247,9 +245,10 @@ class EMA:
         averages = self.weights(decay, debias)
         values = [*self._parameters.values(), *self.model.buffers()]
         own = [(value, local(value).detach().clone()) for value in values]
+        averaged = [(p, local(averages[name])) for name, p in self._parameters.items()]
         self._inside = True
         try:
-            self._write((p, local(averages[name])) for name, p in self._parameters.items())
+            self._write(averaged)
             yield self.model
         finally:
             self._write(own)
@@ -257,7 +256,6 @@ class EMA:
 
     @torch.no_grad()
     def _write(self, values):
-        """Copies (parameter or buffer, its new value) into the model."""
         bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
         for value, new in values:
             local(value).copy_(new)
@@ -290,15 +288,14 @@ LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 15) for rung in range(16))  # 1 - decay
 
 
 @contextlib.contextmanager
-def full_precision(device):
-    """Products inside are of float32, also under autocast and where a script allows TF32."""
+def full_precision():
+    """Products inside are of float32, also where a training script allows TF32."""
     switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     found = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         for switch, precision in zip(switches, found):
             follows = precision == torch.backends.fp32_precision  # the switch for all products
@@ -348,7 +345,7 @@ class EMABank(EMA):
         wobble = 2**-21 * (self.step / n * 0.6180339887 % 1 - 0.5) * (1 - share)
         share = share - wobble.clamp(-share / 2, share / 2)
         mix, share = (mix / share).to(self._table), share.to(self._table)
-        with full_precision(self._table.device):
+        with full_precision():  # and with out=, which autocast leaves alone
             for chunk in self._chunks:
                 moves, mean = self._scratch[:, : chunk.shape[1]].split([n + 1, len(mix)])
                 torch.sub(chunk[1 : n + 2], chunk[: n + 1], out=moves)  # θ_b - θ_0, δ_1 … δ_n
@@ -683,11 +680,11 @@ class UNet(nn.Module):
 # ==================================================================================================
 
 import argparse
-import contextlib
 import copy
 import csv
 import functools
 import gzip
+import itertools
 import json
 import os
 import sys
@@ -772,11 +769,11 @@ class Dataset:
             raise ValueError(f"images have shape {list(images.shape)}; needed are 20 or more, "
                              "[N, C, H, W] or [N, H, W, C]")
         self.is_pictures, self.bound = images.dtype == torch.uint8, 1.0
-        self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)
+        self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)  # [C, 1, 1]
         if not self.is_pictures:
-            mean = images.mean(dim=(0, 2, 3), dtype=torch.float64)  # exact for a constant channel
-            self.shift = mean.float()[:, None, None]  # [C, 1, 1]
-            self.scale = images.std(dim=(0, 2, 3)).clamp(min=1e-6)[:, None, None]
+            mean = images.mean((0, 2, 3), dtype=torch.float64)  # exact for a constant channel
+            self.shift = mean.float().view(-1, 1, 1)
+            self.scale = images.std((0, 2, 3)).clamp(min=1e-6).view(-1, 1, 1)
             self.bound = ((images - self.shift) / self.scale).abs().max().item()
             if not math.isfinite(self.bound):
                 raise ValueError("the data hold NaN or infinite values; all must be finite")
@@ -806,20 +803,18 @@ class Dataset:
         """What x0 becomes when it is stored as an image: floats stay as they are."""
         return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
 
-    def map(self, convert):
-        """A copy with convert(name, tensor) in the place of every tensor."""
-        other = copy.copy(self)
-        vars(other).update({name: convert(name, value) for name, value in vars(self).items()
-                            if torch.is_tensor(value)})
-        return other
-
-    def split(self):
-        """(training, held-out): a fifth of the images, at most 4,096, the same in every run."""
+    def split(self, device):
+        """[training, held-out] on a device: a fifth is held out, at most 4,096, always the same."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        held_out, training = order.tensor_split([min(len(self) // 5, 4096)])
-        return [self.map(lambda name, value, index=index:  # shift and scale stay those of all
-                         value[index] if name in ("images", "labels") else value)
-                for index in (training, held_out)]
+        parts, num_held_out = [], min(len(self) // 5, 4096)
+        for index in (order[num_held_out:], order[:num_held_out]):
+            part = copy.copy(self)
+            part.images, part.shift, part.scale = (
+                value.to(device) for value in (self.images[index], self.shift, self.scale))
+            if self.labels is not None:
+                part.labels = self.labels[index].to(device)
+            parts.append(part)
+        return parts
 
 
 def draw_glyphs(num_images, seed=0):
@@ -857,8 +852,8 @@ def read_idx(path):
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def read_idx_folder(files):
-    """The training pair of the folder, where it has one, else all pairs."""
+def read_idx_files(files):
+    """The training pair, where there is one, else all pairs."""
     images, labels = [], []
     for path in [file for file in files if file.name.startswith("train")] or files:
         images.append(read_idx(path))
@@ -868,39 +863,33 @@ def read_idx_folder(files):
     return np.concatenate(images)[:, None], np.concatenate(labels) if labels else None
 
 
-def read_image_folder(folder, files):
-    """Images of one size; the classes are the sub-folders, where there are any."""
+def read_image_files(files):
+    """Images of one size; the classes are their folders, where there are several."""
     images = []
     for path in files:
-        try:
-            image = matplotlib.image.imread(path)  # [H, W] or [H, W, C]; floats from PNG
-        except Exception as error:  # the readers fail in many ways
-            raise ValueError(f"{path} is no readable image: {error}") from error
-        scale = {"f": 255, "u": 1}[image.dtype.kind] / (257 if image.dtype == np.uint16 else 1)
-        image = np.atleast_3d(image * scale).round().astype(np.uint8)
+        image = matplotlib.image.imread(path)  # [H, W] or [H, W, C]; floats from PNG
+        peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
+        image = np.atleast_3d(image * (255 / peak)).round().astype(np.uint8)
         images.append(image[:, :, :1 if image.shape[2] == 2 else 3])  # no transparency
     channels = max(image.shape[2] for image in images)  # grey among colour becomes colour
     images = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
-    classes = [str(path.parent.relative_to(folder)) for path in files]
-    names = sorted(set(classes))
-    labels = np.array([names.index(c) for c in classes]) if len(names) > 1 else None
-    return images.transpose(0, 3, 1, 2), labels, names
+    names, labels = np.unique([str(path.parent) for path in files], return_inverse=True)
+    names = [Path(name).name for name in names]
+    return images.transpose(0, 3, 1, 2), labels if len(names) > 1 else None, names
 
 
 def read_npz(path):
     """`images` [N, C, H, W] or [N, H, W, C], told apart by the two equal sizes or the least one."""
     with np.load(path, allow_pickle=False) as file:
         images, labels = file["images"], file.get("labels")
-    if not isinstance(images, np.ndarray) or images.ndim != 4 or not images.size:
-        raise ValueError("`images` is no array of four axes")
-    if images.dtype.kind in "iu" and images.min() >= 0 and images.max() <= 255:
-        images = images.astype(np.uint8)
-    elif images.dtype.kind == "f":
+    if images.dtype.kind == "f":
         with np.errstate(over="ignore"):  # Dataset refuses what is infinite
             images = images.astype(np.float32)
+    elif images.dtype.kind in "iu" and images.size and 0 <= images.min() <= images.max() <= 255:
+        images = images.astype(np.uint8)
     else:
         raise ValueError(f"images are {images.dtype}; allowed are floats, integers from 0 to 255")
-    a, b, c = images.shape[1:]
+    _, a, b, c = images.shape
     last = a == b != c or (b != c and c < a)
     return images.transpose(0, 3, 1, 2) if last else images, labels
 
@@ -936,9 +925,7 @@ def load_data(source):
     if not idx and not pictures:
         raise ValueError(f"no data there; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder of "
                          "idx files or of images, and an .npz file")
-    if idx:
-        return Dataset(*read_idx_folder(list(idx.values())))
-    return Dataset(*read_image_folder(path, pictures))
+    return Dataset(*(read_idx_files([*idx.values()]) if idx else read_image_files(pictures)))
 
 
 # ==================================================================================================
@@ -1145,6 +1132,28 @@ def clearly(better, worse, metric):
     return cost(worse, metric) - cost(better, metric) > spread
 
 
+def settled(log):
+    """The last rows of the log, with how the held-out loss of each set of weights settled.
+
+    wobble: its standard deviation over the last quarter of the steps about a straight line, so
+    that a loss that still falls does not count as one that wobbles; None of fewer than 3 rows.
+    reached: the first step at which it was not above raw's mean over that quarter.
+    """
+    last = log[-1]["step"]
+    late = [row for row in log if row["step"] >= 0.75 * last]
+    level = np.mean([row["held_out_loss"] for row in late if row["name"] == "raw"])
+    rows = []
+    for row in [row for row in log if row["step"] == last]:
+        line = [(r["step"], r["held_out_loss"]) for r in late if r["name"] == row["name"]]
+        steps, losses = np.array(line).T
+        trend = np.polyval(np.polyfit(steps, losses, min(1, len(line) - 1)), steps)
+        reached = [r["step"] for r in log if r["name"] == row["name"]
+                   and r["held_out_loss"] <= level]
+        rows.append(row | {"wobble": np.std(losses - trend).item() if len(line) > 2 else None,
+                           "reached": min(reached, default=None)})
+    return rows
+
+
 def cell(row, field):
     """What a table shows: 20.4 ± 1.6, as many digits as the spread is worth."""
     value, spread = row.get(field), row.get(f"{field}_sd")
@@ -1196,21 +1205,12 @@ SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 # What a run cannot change half-way.
 FIXED = ("preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective",
          "schedule")
+INIT, TRAIN, SAMPLE = range(3)  # streams of random numbers
 
 
-def seed_of(purpose, seed, index=0):
-    """A 32-bit seed for "init", "train" (index: the step) or "sample" (index: the first image)."""
-    stream = ("init", "train", "sample").index(purpose)
+def seed_of(stream, seed, index=0):
+    """32 bits for a stream of a seed; index: the training step, or the first of some samples."""
     return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
-
-
-def gathered(values):
-    """The values of all processes in one list, on each of them."""
-    if not distributed.is_initialized():
-        return values
-    parts = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
 
 
 def saved_steps(folder):
@@ -1232,7 +1232,6 @@ def load_features(file, data):
     network = torch.jit.load(file, map_location=data.images.device).eval()
     wanted = {"return_features"} & {a.name for a in network.forward.schema.arguments}  # Inception
 
-    @torch.no_grad()
     def features_of(x0):
         images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
         return network(images, **dict.fromkeys(wanted, True)).float()
@@ -1254,21 +1253,6 @@ def sketch(moved, size=64):
     return [float(f"{value:.6g}") for value in folded.tolist()]
 
 
-def stability(rows, raw):
-    """Of the log's rows of some weights and of the raw ones, how the held-out loss settled.
-
-    wobble: its standard deviation over the last quarter of the steps about a straight line, so
-    that a loss that still falls does not count as one that wobbles; None of fewer than 3 rows.
-    reached: the first step at which it was not above raw's mean over that quarter.
-    """
-    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
-    level = np.mean([row["held_out_loss"] for row in raw if row["step"] >= late[0]["step"]])
-    steps, losses = np.array([(row["step"], row["held_out_loss"]) for row in late]).T
-    trend = np.polyval(np.polyfit(steps, losses, min(1, len(late) - 1)), steps)
-    return {"wobble": np.std(losses - trend).item() if len(late) > 2 else None,
-            "reached": next((r["step"] for r in rows if r["held_out_loss"] <= level), None)}
-
-
 class Run:
     """One training run and all that belongs to it; its rows are what leaves it.
 
@@ -1284,51 +1268,55 @@ class Run:
 
     def __init__(self, settings):
         self.settings, self.out, self.step = settings, Path(settings.out), 0
-        self.rank, self.world, index = (int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun starts several processes
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", index) if gpu else torch.device("cpu")
+        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun starts several processes
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
         if self.world > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if gpu else "gloo")
-            if gpu:
-                torch.cuda.set_device(self.device)
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         with explained(f"--data {settings.data}"):
-            data, held_out = load_data(settings.data).split()
-        settings.data_shape = [len(data), *data.images.shape[1:], data.num_classes]
-        self.data, self.held_out = (part.map(lambda _, value: value.to(self.device))
-                                    for part in (data, held_out))
-        torch.manual_seed(seed_of("init", settings.seed))
-        self.model = UNet(data.images.shape[1], **settings.network)
+            data = load_data(settings.data)
+            self.data, self.held_out = data.split(self.device)
+        channels = data.images.shape[1]
+        settings.data_shape = [len(self.data), *data.images.shape[1:], data.num_classes]
+        torch.manual_seed(seed_of(INIT, settings.seed))
+        self.model = self.parallel = UNet(channels, **settings.network)
         self.model.to(self.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
-        self.parallel = self.model
         if self.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
         self.diffusion = Diffusion(settings.schedule, settings.objective)
         self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, fused=True)
         self.ema, self.initial = EMABank(self.model, settings.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
-        self.held_out_loss(1)  # do the shapes fit?
-        torch.empty(settings.batch_size, *data.images.shape[1:])  # is there room for a batch?
-        if settings.features:
-            with explained(f"--features {settings.features}"):
-                self.features_of = load_features(settings.features, self.data)
-        probe = EMABank(nn.Linear(1, 1), settings.tracked)
-        for probe.step in settings.stage_steps:
-            for decay in settings.decay:
-                probe.error_bound(decay)  # can it be read there?
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.classifier = Classifier(channels, data.num_classes)
         self.rows, self.saved = read_rows(self.out), saved_steps(self.out)
-        if self.rank == 0:  # without lines that were torn or written twice
-            with replacing(self.out / "metrics.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
         self.kept = {*settings.stage_steps, settings.steps}  # checkpoints that stay
-        self.classifier = Classifier(data.images.shape[1], data.num_classes)
+        self.check()
         if self.saved:
             self.load(max(self.saved))
         else:  # on the CPU: there two runs come to the same one
             show("training the classifier whose features the metrics use", keep=False)
-            train_classifier(self.classifier, data)
+            train_classifier(self.classifier, data.split("cpu")[0])
         self.classifier.to(self.device).eval()
+        if self.rank == 0:  # without lines that were torn or written twice
+            self.out.mkdir(parents=True, exist_ok=True)
+            with replacing(self.out / "metrics.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
+
+    def check(self):
+        """Fails now where the run would fail later."""
+        s = self.settings
+        self.held_out_loss(1)  # do the shapes fit?
+        torch.empty(s.batch_size, *self.data.images.shape[1:])  # is there room for a batch?
+        if s.features:
+            with explained(f"--features {s.features}"), torch.no_grad():
+                self.features_of = load_features(s.features, self.data)
+        probe = EMABank(nn.Linear(1, 1), s.tracked)
+        for probe.step in s.stage_steps:
+            for decay in s.decay:
+                probe.error_bound(decay)  # can it be read there?
 
     def vector(self):
         """All weights that the model has at the moment, [P]."""
@@ -1342,7 +1330,7 @@ class Run:
     def train_step(self):
         """One step of Adam; all that is random in it is a function of (seed, step)."""
         s, device = self.settings, self.device
-        torch.manual_seed(seed_of("train", s.seed, self.step))
+        torch.manual_seed(seed_of(TRAIN, s.seed, self.step))
         index = torch.randint(len(self.data), (s.batch_size,), device=device)  # [B]
         t = torch.randint(self.diffusion.num_steps, (s.batch_size,), device=device)  # [B]
         x0 = self.data.x0(index)  # [B, C, H, W]
@@ -1356,8 +1344,7 @@ class Run:
         rate = s.lr * min(1, (self.step + 1) / s.warmup)
         if s.cooldown:
             rate *= min(1, (s.steps - self.step) / (s.cooldown * s.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
@@ -1407,14 +1394,11 @@ class Run:
             with self.weights(name):
                 row = self.row(name, held_out_loss=self.held_out_loss(128))
                 moved = self.vector() - self.initial
-            log = [r for r in self.rows.values() if r["samples"] == "" and r["name"] == name
-                   and r["step"] < self.step and r["step"] % s.log_every == 0] + [row]
             if name == "raw":
-                raw_moved, raw_log = moved, log
+                raw_moved = moved
                 row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
-            row |= {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
-                    "distance_raw": (moved - raw_moved).norm().item()}
-            self.add(row | stability(log, raw_log))
+            self.add(row | {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
+                            "distance_raw": (moved - raw_moved).norm().item()})
         self.model.train()
         seconds, steps = time.perf_counter() - self.since[0], self.step - self.since[1]
         if steps:
@@ -1492,22 +1476,19 @@ class Run:
         parts = zip(*(part.split(128) for part in (x0, t.round().long(), eps)))
         return torch.cat([self.diffusion.loss(self.network, *part) for part in parts]).mean().item()
 
-    @torch.no_grad()
     def draw(self, count):
         """Yields x0 [<=256, C, H, W] until there are `count`; all weights get the same noise."""
         s, device = self.settings, self.device
         for first in range(0, count, 256):
-            generator = torch.Generator(device).manual_seed(seed_of("sample", s.seed, first))
+            generator = torch.Generator(device).manual_seed(seed_of(SAMPLE, s.seed, first))
             shape = min(256, count - first), *self.data.images.shape[1:]
             noise = torch.randn(shape, generator=generator, device=device)
             noise = noise.contiguous(memory_format=torch.channels_last)
-            for _, _, x0 in self.diffusion.sample(
-                    self.network, noise, s.sample_steps, generator=generator,
-                    clip=self.data.bound, **SAMPLERS[s.sampler]):
-                pass
+            *_, (_, x0, _) = self.diffusion.sample(
+                self.network, noise, s.sample_steps, generator=generator, clip=self.data.bound,
+                **SAMPLERS[s.sampler])
             yield self.data.round(x0)
 
-    @torch.no_grad()
     def features(self, batches, what):
         """Features [N, D] and class probabilities [N, K] of batches of x0."""
         features, probs, count = [], [], 0
@@ -1549,14 +1530,19 @@ class Run:
         names = [name for name in names if (self.step, name, samples) not in self.rows]
         start = time.perf_counter()
         for i in range(0, len(names), self.world):
-            mine = names[i:i + self.world][self.rank:][:1]
-            for row in gathered([self.measured(name, samples) for name in mine]):
+            rows = [self.measured(name, samples) for name in names[i + self.rank:][:1]]
+            parts = [rows]
+            if self.world > 1:
+                parts *= self.world
+                distributed.all_gather_object(parts, rows)
+            for row in itertools.chain(*parts):
                 self.add(row)
             done = min(i + self.world, len(names))
             left = (time.perf_counter() - start) / done * (len(names) - done) / 60
             show(f"step {self.step}, {samples}: {done} of {len(names)} rows, {left:.1f} min left",
                  keep=done == len(names))
 
+    @torch.no_grad()
     def evaluate(self):
         """Adds the rows that the table lacks at this step."""
         s, picture = self.settings, self.out / "samples.png"
@@ -1565,21 +1551,23 @@ class Run:
         names = dict.fromkeys(["real", *self.names(s.decay)])
         if s.auto:
             names[chosen(self.rows.values(), self.step)["name"]] = None
-        lacks = [name for name in names if (self.step, name, s.samples) not in self.rows]
+        lacks = any((self.step, name, s.samples) not in self.rows for name in names)
         if lacks and self.rank == 0:  # a picture of other rows would stay after an interruption
             picture.unlink(missing_ok=True)
-        self.complete(lacks, s.samples)
-        if self.rank == 0 and not picture.exists():
-            lines = []
+        self.complete(names, s.samples)
+        if self.rank:
+            return
+        rows = [self.rows[self.step, name, s.samples] for name in names]
+        if not picture.exists():
+            images = []
             for name in names:
                 with self.weights(name):
-                    x0 = next(self.data.batches(16) if name == "real" else self.draw(16))
-                lines.append((self.rows[self.step, name, s.samples], x0.cpu()))
-            plot_samples(picture, lines)
-        if self.rank == 0 and lacks:  # so that one who stops here has the table so far
+                    batches = self.data.batches(8) if name == "real" else self.draw(8)
+                    images.append(next(batches).cpu())
+            plot_samples(picture, rows, images)
+        if lacks:  # so that one who stops here has the table so far
             write_csv(self.out / "results.csv", self.rows.values())
             if self.step < s.stage_steps[-1]:
-                rows = [self.rows[self.step, name, s.samples] for name in names]
                 print_rows(rows, known(rows))
 
     def describe(self):
@@ -1715,23 +1703,30 @@ def plot_sweep(path, title, rows, candidates):
         Panel("The best decay at each stage", leaders, "step", "horizon", "metric", "step")])
 
 
-def plot_samples(path, pictures):
-    """samples.png: a line of images for every (row, x0 [16, C, H, W]), from the same noise."""
-    figure = Figure(figsize=(10, 0.58 * len(pictures) + 0.5))
-    axes = figure.subplots(len(pictures), squeeze=False)[:, 0]
-    for axis, (row, x0) in zip(axes, pictures):
+def plot_samples(path, rows, images):
+    """samples.png: the distance along the decays; a line of images x0 [8, C, H, W] for each row."""
+    metric, raw = known(rows)[0], next(row for row in rows if row["name"] == "raw")
+    figure = Figure(figsize=(13, max(4.4, 0.62 * len(rows) + 0.6)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
+    axis = left.subplots()
+    axis.axhline(raw[metric], color="black", lw=1.3, label="raw weights")
+    draw_panel(axis, Panel("What the decay does to the samples", [
+        row for row in rows if row is not raw], "horizon", metric, "step"))
+    axis.legend(frameon=False, fontsize=8)
+    axes = right.subplots(len(rows), squeeze=False)[:, 0]
+    for axis, row, x0 in zip(axes, rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1]  # of latents the first channel
         strip = F.pad((x0 + 1) / 2, (0, 1, 0, 0), value=1.0).clamp(0, 1)  # white in between
         axis.imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=1,
                     interpolation="nearest")
         axis.set_axis_off()
-        text = f"{NAMES[known([row])[0]]} {cell(row, known([row])[0])}"
+        text = f"{NAMES[metric]} {cell(row, metric)}"
         if row.get("init_share", 0) > 1e-3:
-            text += f", initial weights {row['init_share']:.0%}"
-        axis.text(-0.01, 0.5, row["name"], transform=axis.transAxes, ha="right", va="center")
-        axis.text(1.01, 0.5, text, transform=axis.transAxes, va="center", fontsize=8)
-    axes[0].set_title(f"Step {row['step']}: real images, and what each set of weights makes of the "
-                      "same noise", fontsize=11)
+            text += f"\ninitial weights {row['init_share']:.0%}"
+        axis.text(-0.02, 0.5, row["name"], transform=axis.transAxes, ha="right", va="center")
+        axis.text(1.02, 0.5, text, transform=axis.transAxes, va="center", fontsize=8)
+    axes[0].set_title(f"Step {raw['step']}: real images, and the same noise through each set of "
+                      "weights", fontsize=11)
     save(figure, path)
 
 
@@ -1827,37 +1822,37 @@ def number(kind, low, high=math.inf):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high and kind(text) != math.inf:
                 return kind(text)
-        raise ValueError(f"give {'a whole number' if kind is int else 'a number'} from {low}"
-                         + f" to {high}" * (high < math.inf))
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; give {'a whole number' if kind is int else 'a number'} "
+            f"from {low}" + f" to {high}" * (high < math.inf))
     return read
 
 
 def several(read):
     """A reader of comma-separated items, each kept once."""
-    return lambda text: list(dict.fromkeys(read(item) for item in text.split(",")))
-
-
-def decay(text):
-    """A reader of one item of --decay."""
-    return text if text in ("auto", "sweep") else parse_decay(text)
+    def items(text):
+        try:
+            return list(dict.fromkeys(read(item) for item in text.split(",")))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(error) from None
+    return items
 
 
 COUNT = number(int, 1, 10**8)
 SETTINGS = {  # flag: (default, what it is, a reader of its text or the names that it may be)
-    "decay": (["0.999"], """EMA decays to compare, separated by commas: a number in [0, 1);
-step, the plain average; ramp:0.9999; halflife:2000 (steps); power:0.10 (sigma_rel);
-sweep: ten from 0.5 to 0.999999; auto: at each stage the one between 0.9 and
-0.99995 that has the lowest held-out loss""", several(decay)),
-    "data": ("glyphs", """glyphs, mnist, fashion, cifar10; a folder of idx files; one of images,
-their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or
-[N, H, W, C] (if H and W differ, C is the smaller end), and perhaps `labels`""", str),
+    "decay": (["0.999"], ("EMA decays, separated by commas: 0 to 1; step, the plain mean; "
+               "ramp:0.9999; halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to "
+               "0.999999; auto, that of the lowest held-out loss at each stage"),
+              several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
+    "data": ("glyphs", ("glyphs, mnist, fashion, cifar10; a folder of idx files or of images, "
+                        "classes in sub-folders; an .npz with `images`, perhaps `labels`"), str),
     "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
     "steps": (3600, "optimizer steps; more than a finished run has trains it on", COUNT),
     "stages": ([1.0], "fractions of the run at which everything is evaluated",
                several(number(float, 1e-9, 1))),
     "batch_size": (32, "images per optimizer step, over all processes", COUNT),
     "lr": (1e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
-    "cooldown": (0.0, "the last fraction of the steps, in which the learning rate falls to 0",
+    "cooldown": (0.0, "last fraction of the steps, over which the learning rate falls to 0",
                  number(float, 0, 1)),
     "seed": (0, "of the initial weights, data order, noise and samples", number(int, 0)),
     "objective": ("v", "what the network predicts: noise, data, velocity", Diffusion.OBJECTIVES),
@@ -1867,11 +1862,11 @@ their classes in sub-folders; or an .npz file with `images`, [N, C, H, W] or
     "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
     "save_every": (500, "steps between checkpoints", COUNT),
     "log_every": (100, "steps between rows of the log", COUNT),
-    "features": ("", """TorchScript file that maps uint8 [N, 3, H, W] to features, such as
-Inception; the Frechet distance is then called fid""", str),
+    "features": ("", ("TorchScript file, uint8 [N, 3, H, W] to features, such as Inception; the "
+                      "Frechet distance is then called fid"), str),
     "preset": ("small", "cifar10: the DDPM paper's network and training", ("small", "cifar10")),
-    "report": ((), """finished runs (folders) to compare instead of training one: those that differ
-in their seed become one method, others are ranked; goes with --out alone""", Path),
+    "report": ((), ("finished runs (folders) to compare, seeds pooled and others ranked, instead "
+                    "of training; goes with --out alone"), Path),
 }
 PRESETS = {
     "small": {"warmup": 100, "flip": False, "network": {}},  # minutes on two CPU cores
@@ -1889,22 +1884,16 @@ SWEEP = ["0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", 
 def read_flags(flags, doc, argv=None):
     """{name: value} of the flags that are given; `flags` are like SETTINGS.
 
-    A reader makes a value of a text, or raises a ValueError that says what it takes. A flag whose
-    default is () takes several values.
+    A reader makes a value of a text, or raises an ArgumentTypeError that says what it takes. A
+    flag whose default is () takes several values.
     """
-    def convert(read, text):
-        try:
-            return read(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; {error}") from None
-
     parser = argparse.ArgumentParser(
         description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop  # one line instead of argparse's usage text
     for name, (default, text, read) in flags.items():
-        takes = {"choices": read} if isinstance(read, tuple) else {
-            "type": functools.partial(convert, read), "metavar": name.upper()}
+        takes = {"choices": read} if isinstance(read, tuple) else {"type": read,
+                                                                   "metavar": name.upper()}
         default = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} [{default}]",
                             nargs="+" if default == () else None, **takes)
@@ -1980,8 +1969,8 @@ def main(argv=None):
         write_csv(run.out / "results.csv", run.rows.values())
         if log:
             plot_curves(run.out / "curves.png", run.settings.data, log)
-            print_rows([row for row in log if row["step"] == log[-1]["step"]], [
-                "held_out_loss", "wobble", "reached", "distance_initial", "distance_raw"])
+            print_rows(settled(log), ["held_out_loss", "wobble", "reached", "distance_initial",
+                                      "distance_raw"])
         report([(vars(run.settings), rows)], run.out)
 
 

@@ -85,8 +85,7 @@ def betas(decay, steps):
         return ((1 + t) / (10 + t)).clamp(max=value)
     if kind == "power":  # σ² (γ+2)² (γ+3) = γ+1 is a cubic: its largest root
         s = value**-2
-        cubic = torch.tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)
-        return (1 - 1 / t) ** (torch.linalg.eigvals(cubic).real.max().item() + 1)
+        return (1 - 1 / t) ** (max(np.roots([1, 7, 16 - s, 12 - s]).real) + 1)
     return torch.full_like(t, 0.5 ** (1 / value) if kind == "halflife" else value)
 
 
