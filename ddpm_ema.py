@@ -1272,7 +1272,7 @@ class Run:
             ("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun starts several processes
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         if self.world > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
@@ -1638,7 +1638,7 @@ def draw_panel(axis, panel):
             ticks = {1 / (1 - decay): f"{decay:g}" if decay else "raw" for decay in TICKS}
             low, high = side.get_view_interval()
             ticks = {place: text for place, text in ticks.items() if low <= place <= high}
-            side.set_ticks([*ticks], [*ticks.values()], fontsize=7, rotation=30)
+            side.set_ticks([*ticks], [*ticks.values()], fontsize=8, rotation=30)
             side.set_ticks([], minor=True)
         elif field == "held_out_loss":
             side.set_major_formatter("{x:g}")
@@ -1710,8 +1710,8 @@ def plot_samples(path, rows, images):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
     axis.axhline(raw[metric], color="black", lw=1.3, label="raw weights")
-    draw_panel(axis, Panel("What the decay does to the samples", [
-        row for row in rows if row is not raw], "horizon", metric, "step"))
+    averages = [row | {"of": "averages (dashed: debiased)"} for row in rows if row is not raw]
+    draw_panel(axis, Panel("What the decay does", averages, "horizon", metric, "of"))
     axis.legend(frameon=False, fontsize=8)
     axes = right.subplots(len(rows), squeeze=False)[:, 0]
     for axis, row, x0 in zip(axes, rows, images):
@@ -1723,10 +1723,10 @@ def plot_samples(path, rows, images):
         text = f"{NAMES[metric]} {cell(row, metric)}"
         if row.get("init_share", 0) > 1e-3:
             text += f"\ninitial weights {row['init_share']:.0%}"
-        axis.text(-0.02, 0.5, row["name"], transform=axis.transAxes, ha="right", va="center")
+        axis.text(-0.02, 0.5, row["name"].replace(" ", "\n"), transform=axis.transAxes,
+                  ha="right", va="center")
         axis.text(1.02, 0.5, text, transform=axis.transAxes, va="center", fontsize=8)
-    axes[0].set_title(f"Step {raw['step']}: real images, and the same noise through each set of "
-                      "weights", fontsize=11)
+    axes[0].set_title(f"Step {raw['step']}: the same noise through each set of weights")
     save(figure, path)
 
 
