@@ -40,21 +40,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_ema
 import toy2d
-from ddpm_ema import (
-    DOWNLOADS,
-    EMA,
-    LADDER,
-    PRESETS,
-    Diffusion,
-    EMABank,
-    UNet,
-    frechet_distance,
-    load_data,
-    main,
-    measure,
-    moments,
-    read_rows,
-)
+from ddpm_ema import EMA, LADDER, PRESETS, Diffusion, EMABank, UNet, load_data, main
 
 # ==================================================================================================
 # EMA
@@ -311,8 +297,7 @@ def test_memory_is_what_the_docstrings_say():
 
 
 def test_decays_are_understood_in_one_place():
-    for text in (0.9990, " .999 ", "0.999"):
-        assert ddpm_ema.parse_decay(text) == "0.999"
+    assert {ddpm_ema.parse_decay(text) for text in (0.9990, " .999 ", "0.999")} == {"0.999"}
     EMA(nn.Linear(1, 1), ["power:1e-6", "halflife:1e12", "ramp:0", 0]).update()
     for decay in (1, 1.5, -0.1, math.nan, "x", "", None, True, [0.9], ":0.9", "ramp:1", "ramp",
                   "halflife:0", "halflife:inf", "halflife:1e308", "power:0.3", "power:0",
@@ -615,13 +600,14 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch, capfd):
     idx_files(served, gzip.compress, ".gz", "train")
     fetch = torch.hub.download_url_to_file
     monkeypatch.setattr(torch.hub, "download_url_to_file", partial(fetch, progress=False))
-    for name, (_, files) in DOWNLOADS.items():
+    for name, (_, files) in ddpm_ema.DOWNLOADS.items():
         right = {f: hashlib.sha256((served / f).read_bytes()).hexdigest()[:16] for f in files}
-        monkeypatch.setitem(DOWNLOADS, name, (f"{served.as_uri()}/", dict.fromkeys(files, "00")))
+        wrong = dict.fromkeys(files, "00")
+        monkeypatch.setitem(ddpm_ema.DOWNLOADS, name, (f"{served.as_uri()}/", wrong))
         assert "hash" in fails(capfd, "--data", name)
         with mock.patch.dict(os.environ, DDPM_EMA_DEBUG="1"), pytest.raises(RuntimeError):
             command("--data", name)  # with its traceback
-        monkeypatch.setitem(DOWNLOADS, name, (f"{served.as_uri()}/", right))
+        monkeypatch.setitem(ddpm_ema.DOWNLOADS, name, (f"{served.as_uri()}/", right))
         load_data(name)
     shutil.rmtree(served)
     cifar, mnist, fashion = map(load_data, ("cifar10", "mnist", "fashion"))
@@ -632,7 +618,7 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch, capfd):
 
 def test_what_metrics_are_made_of():
     features, counts = torch.randn(9000, 5) + 100, torch.randint(4, (9000,))
-    mean, cov = moments(features, counts.double())
+    mean, cov = ddpm_ema.moments(features, counts.double())
     repeated = features.double().numpy().repeat(counts, axis=0)
     np.testing.assert_allclose(mean, repeated.mean(0), rtol=1e-12)
     np.testing.assert_allclose(cov, np.cov(repeated.T), rtol=1e-9, atol=1e-12)
@@ -640,8 +626,8 @@ def test_what_metrics_are_made_of():
     a, b = low @ low.T, torch.diag(torch.rand(6).double())  # one is singular; they do not commute
     roots = np.sqrt(np.linalg.eigvals((a @ b).numpy()).real.clip(0)).sum()
     closed = ((m1 - m2).square().sum() + a.trace() + b.trace()).item() - 2 * roots
-    assert frechet_distance(m1, a, m2, b) == pytest.approx(closed, rel=1e-6)
-    assert math.isnan(frechet_distance(m1, a, m2, b * math.inf))
+    assert ddpm_ema.frechet_distance(m1, a, m2, b) == pytest.approx(closed, rel=1e-6)
+    assert math.isnan(ddpm_ema.frechet_distance(m1, a, m2, b * math.inf))
     real, fake = torch.randn(2500, 4), torch.randn(1300, 4) * 1.5
     radius = torch.cdist(real, real).sort(1).values[:, 3]  # to the third neighbour
     naive = (torch.cdist(fake, real) <= radius).any(1)
@@ -651,10 +637,10 @@ def test_what_metrics_are_made_of():
 def test_metrics_their_spreads_and_the_digits_that_these_are_worth():
     """100 samples of 4 modes with true shares .4 .3 .2 .1, of which the last is missing."""
     real = torch.cat([torch.randn(100, 3), torch.randn(300, 3) + 50])  # samples lack three quarters
-    reference = {"moments": moments(real, torch.ones(400).double()), "features": real,
+    reference = {"moments": ddpm_ema.moments(real, torch.ones(400).double()), "features": real,
                  "shares": torch.tensor([0.4, 0.3, 0.2, 0.1]).double()}
     probs = torch.eye(4)[[0] * 50 + [1] * 40 + [2] * 10]
-    row = measure(real[:100], probs, reference, 1000)
+    row = ddpm_ema.measure(real[:100], probs, reference, 1000)
     assert row["precision"] == 1 and row["recall"] == 0.25 and row["precision_sd"] == 0
     assert row["covered_modes"] == 3 and row["legible"] == 1
     assert row["modes"] == pytest.approx([1.25, 4 / 3, 0.5, 0])
@@ -664,8 +650,8 @@ def test_metrics_their_spreads_and_the_digits_that_these_are_worth():
     spread = math.exp(entropy) * ((p @ np.log(p) ** 2 - entropy**2) / 100) ** 0.5
     spreads = [spread, (0.1 * 0.9 / 100) ** 0.5 / 0.3, (0.25 * 0.75 / 400) ** 0.5]
     assert [row["is_sd"], row["tail_share_sd"], row["recall_sd"]] == pytest.approx(spreads, rel=0.1)
-    assert measure(real, probs[[0] * 400], reference)["fd"] == pytest.approx(0, abs=1e-6)
-    far = measure(real + 1e4, probs[[0] * 400], reference, 1000)  # as good as |mean - mean|²
+    assert ddpm_ema.measure(real, probs[[0] * 400], reference)["fd"] == pytest.approx(0, abs=1e-6)
+    far = ddpm_ema.measure(real + 1e4, probs[[0] * 400], reference, 1000)  # |mean - mean|²
     assert far["fd_sd"] == pytest.approx(2e4 * (real.sum(1).std() / 20).item(), rel=0.1)
     row = {"fd": 20.43, "fd_sd": 1.6, "is": 3.0, "recall": 0.51, "recall_sd": 0.021, "n": 999.9999}
     cells = [ddpm_ema.cell(row, field) for field in ("fd", "is", "recall", "precision", "n")]
@@ -725,12 +711,12 @@ def bars(tmp_path_factory):
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     held_out, training = torch.tensor(images[:, None])[order].split([40, 160])
     return SimpleNamespace(data=folder / "bars.npz", whole=folder / "whole", figures=FIGURES.copy(),
-                           rows=read_rows(folder / "whole"), held_out=held_out, training=training)
+                           rows=ddpm_ema.read_rows(folder / "whole"), held_out=held_out, training=training)
 
 
 def assert_same_end(bars, out):
     """A run ended as `whole` did, bit for bit: losses, distances and samples of all weights."""
-    assert bars.rows.items() <= read_rows(out).items() and not [*out.glob("tmp-*")]
+    assert bars.rows.items() <= ddpm_ema.read_rows(out).items() and not [*out.glob("tmp-*")]
 
 
 def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
@@ -792,7 +778,7 @@ def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
         adam.step()
         ema.update()
     assert max(norms) > 2 * min(norms) > 2  # they are clipped, by different factors
-    rows, noise = read_rows(tmp_path), torch.Generator().manual_seed(0)
+    rows, noise = ddpm_ema.read_rows(tmp_path), torch.Generator().manual_seed(0)
     assert rows[4, "raw", ""]["loss"] == pytest.approx(sum(losses[2:]).item() / 2, rel=1e-4)
     eps, t = torch.randn(40, 1, 8, 8, generator=noise), torch.linspace(0, 999, 40).round().long()
     for name in ("raw", "0.9", "0.9 debiased"):
@@ -863,16 +849,16 @@ def test_the_same_command_another_decay_auto_sweep_and_more_steps(bars, tmp_path
         assert max(map(len, lines)) <= 120 and all(line.endswith("|") for line in lines)
         assert sum(line.startswith("| 8    | 0.9 debiased |") for line in lines) >= 3
         run(bars.data, out, "--decay", "0.97")
-        new = {key[:2] for key in read_rows(out).keys() - bars.rows.keys() if key[2] == SAMPLES}
+        new = {key[:2] for key in ddpm_ema.read_rows(out).keys() - bars.rows.keys() if key[2] == SAMPLES}
         assert new == {(step, f"0.97{d}") for step in (4, 8) for d in ("", " debiased")}
     run(bars.data, out, "--steps", "10")
-    assert (10, "0.9", SAMPLES) in read_rows(out) and (8, "raw", "") in read_rows(out)
+    assert (10, "0.9", SAMPLES) in ddpm_ema.read_rows(out) and (8, "raw", "") in ddpm_ema.read_rows(out)
     with mock.patch("torch.nn.functional.cross_entropy", wraps=nn.functional.cross_entropy) as spy:
         run(bars.data, out := tmp_path / "new", "--steps", "1", "--decay", "sweep,auto")
     counts = torch.cat([call.args[1] for call in spy.call_args_list]).bincount()
     assert len(counts) == 4 and counts.min() > 0.8 * counts.max()  # rare classes as often
     run(bars.data, out, "--steps", "2")  # sweep and auto are still what was asked for
-    rows = {key[1:]: row for key, row in read_rows(out).items() if key[0] == 2}
+    rows = {key[1:]: row for key, row in ddpm_ema.read_rows(out).items() if key[0] == 2}
     found = {name for name, samples in rows if samples == SAMPLES}
     sweep = {f"0.{n}" for n in (5, 9, 99, 999, 9993, 9995, 9997, 9999, 99999, 999999)}
     tried = [name for name, samples in rows if samples == HELD_OUT and name[:4] in CANDIDATES]
@@ -886,9 +872,9 @@ def test_two_processes_give_the_losses_of_one(bars, tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc-per-node=2", ddpm_ema.__file__, "--out", tmp_path, "--steps", "4"],
                    check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
-    assert len((tmp_path / "metrics.jsonl").open().readlines()) == len(read_rows(tmp_path))
+    assert len((tmp_path / "metrics.jsonl").open().readlines()) == len(ddpm_ema.read_rows(tmp_path))
     run(bars.data, tmp_path, *FLAGS)  # goes on with one
-    ours = read_rows(tmp_path)
+    ours = ddpm_ema.read_rows(tmp_path)
     for key, row in bars.rows.items():
         for name in {"loss", "grad_norm", "held_out_loss"} & set(row):
             assert ours[key][name] == pytest.approx(row[name], rel=1e-3)
@@ -905,7 +891,7 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
     features = str(tmp_path / "colours.pt")
     torch.jit.script(Colours()).save(features)
     run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=40", "--features", features)
-    row = next(row for row in read_rows(tmp_path / "run").values() if "fid" in row)
+    row = next(row for row in ddpm_ema.read_rows(tmp_path / "run").values() if "fid" in row)
     ours, real = (images.double().mean((1, 2, 3)) for images in (bars.held_out, bars.training))
     fid = 3 * ((ours.mean() - real.mean()) ** 2 + (ours.std() - real.std()) ** 2)  # all grey
     assert row["name"] == "real" and row["fid"] == pytest.approx(fid.item(), rel=1e-3)
@@ -926,11 +912,20 @@ def test_data_and_names_of_any_kind(images, labels, tmp_path, monkeypatch):
     for step in (1, 2):
         run(name, f"run-{name}", "--steps", step, "--schedule=flow", "--sampler=ddpm",
             pictures=step == 1 and not labels)
-    rows = [row for row in read_rows(Path(f"run-{name}")).values() if "fd" in row]
+    rows = [row for row in ddpm_ema.read_rows(Path(f"run-{name}")).values() if "fd" in row]
     assert len(rows) == 8
     assert all(("modes" in row) == bool(labels) for row in rows)  # else there are no known ones
     assert np.isfinite([x for row in rows for x in (row["fd"], *row.get("modes", []))]).all()
     assert np.ptp(FIGURES["samples.png"].axes[2].images[0].get_array()) > 0.1
+
+
+def test_averages_beat_raw_weights(bars, tmp_path):
+    run(bars.data, tmp_path, "--steps=300", "--decay=0.97", "--log-every=300", "--save-every=300",
+        "--lr=0.01", "--num-samples=16")
+    rows = ddpm_ema.read_rows(tmp_path)
+    start, raw, average = (rows[key]["held_out_loss"] for key in (
+        (0, "raw", ""), (300, "raw", HELD_OUT), (300, "0.97", HELD_OUT)))
+    assert average < 0.97 * raw and average < 0.7 * start
 
 
 def test_report_pools_seeds_and_ranks_methods(bars, tmp_path, capfd):
@@ -1179,10 +1174,6 @@ def bench_ema(total, tensors):
         from ema_pytorch import EMA as Theirs
         peers = [Theirs(model, beta=beta, update_every=1, update_after_step=0) for beta in decays]
         ten["ten of ema-pytorch"] = lambda: [each.update() for each in peers]
-    with contextlib.suppress(ImportError):
-        from diffusers.training_utils import EMAModel
-        theirs = [EMAModel(model.parameters(), decay=decay) for decay in decays]
-        ten["ten of diffusers"] = lambda: [each.step(model.parameters()) for each in theirs]
     bench(f"{total:,} in {tensors} tensors", ten)
 
 
