@@ -417,18 +417,21 @@ def two_processes(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                    world_size=2, timeout=datetime.timedelta(seconds=60))
     mesh, x, decays = distributed.init_device_mesh("cpu", (2,)), torch.ones(4, 2), [0.9, "step"]
-    wraps = nn.parallel.DistributedDataParallel, partial(fully_shard, mesh=mesh)
-    for Average, wrap in itertools.product((EMA, EMABank), wraps):
-        torch.manual_seed(0)  # sharded, two ranks have 2 + 1 and 1 + 0 rows
-        model = wrap(net := nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(1, 2)))
+    ddp, ends = nn.parallel.DistributedDataParallel, []
+    wraps = ddp, partial(fully_shard, mesh=mesh)
+    for Average, wrap, reads in itertools.product((EMA, EMABank), wraps, (True, False)):
+        torch.manual_seed(rank if wrap is ddp else 0)  # it gives rank 1 the weights of rank 0
+        net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(1, 2))
+        early = [Average(net, decays)] if wrap is ddp and rank == 0 else []
+        model = wrap(net)  # sharded, two ranks have 2 + 1 and 1 + 0 rows
         oracle, ema = Oracle(net, decays), Average(model, decays)
         for step, _ in enumerate(training(model, 40, seed=rank)):
-            ema.update()
-            oracle.update()
-            if rank == 0:  # reading communicates with nobody
+            for each in (ema, *early, oracle):
+                each.update()
+            if rank == 0 and reads:  # reading communicates with nobody, and changes nothing
                 with ema.applied():
                     ema.state_dict()
-            if step == 20 and wrap is not wraps[0]:
+            if step == 20 and wrap is not ddp:
                 state, ema = ema.state_dict(), Average(model, decays)
                 ema.load_state_dict(state)
                 with torch.no_grad():
@@ -437,7 +440,10 @@ def two_processes(rank, folder):
                         averaged = model(x)
                     assert torch.equal(model(x), own) and not torch.allclose(averaged, own)
                 model.load_state_dict(ema.weights("step"))
-        oracle.check(ema)
+        for each in (ema, *early):
+            oracle.check(each)
+        ends.append(flatten(net.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(ends[::2], ends[1::2]))
     distributed.barrier()
     os._exit(0)  # gloo may crash on leaving
 
@@ -1172,10 +1178,6 @@ def bench_ema(total, tensors):
     ten = {"ten AveragedModels": lambda: [each.update_parameters(model) for each in averaged],
            "EMABank": EMABank(model, decays).update,
            "EMABank, ladder=None": EMABank(model, decays, ladder=None).update}
-    with contextlib.suppress(ImportError):
-        from ema_pytorch import EMA as Theirs
-        peers = [Theirs(model, beta=beta, update_every=1, update_after_step=0) for beta in decays]
-        ten["ten of ema-pytorch"] = lambda: [each.update() for each in peers]
     bench(f"{total:,} in {tensors} tensors", ten)
 
 
