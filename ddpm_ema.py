@@ -1710,7 +1710,7 @@ def plot_samples(path, rows, images):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
     axis.axhline(raw[metric], color="black", lw=1.3, label="raw weights")
-    averages = [row | {"of": "averages (dashed: debiased)"} for row in rows if row is not raw]
+    averages = [row | {"of": "averages (dashed: debiased)"} for row in rows]
     draw_panel(axis, Panel("What the decay does", averages, "horizon", metric, "of"))
     axis.legend(frameon=False, fontsize=8)
     axes = right.subplots(len(rows), squeeze=False)[:, 0]
