@@ -235,6 +235,7 @@ def test_a_run_equals_an_undisturbed_one_bit_for_bit(Average, how):
         elif how == "read" and step % 9 < 2:
             for decay in decays:
                 other.weights(decay)["0.bias"].add_(1)  # they belong to the reader
+                getattr(other, "error_bound", other.init_share)(decay)
             with other.applied("step", debias=True):
                 other.state_dict()["table"].add_(1)
     for decay, debias in itertools.product(decays, (False, True)):
@@ -847,8 +848,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(bars, tmp_path, capfd):
 
 
 def test_the_same_command_another_decay_auto_sweep_and_more_steps(bars, tmp_path, capfd):
-    out = tmp_path / "run"
-    shutil.copytree(bars.whole, out)
+    out = shutil.copytree(bars.whole, tmp_path / "run")
     with mock.patch.object(EMABank, "update", side_effect=ValueError):  # no training
         with mock.patch.object(ddpm_ema, "measure", side_effect=ValueError):
             run(bars.data, out, *FLAGS)
