@@ -674,7 +674,6 @@ class UNet(nn.Module):
             h = run(layers, torch.cat([h, skips.pop()], dim=1))
         return self.head(h)  # [B, C, H, W]
 
-
 # ==================================================================================================
 # Data
 # ==================================================================================================
@@ -713,72 +712,34 @@ DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
     "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
         "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"}),
 }
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-
-def show(text, keep=True):
-    """One live line on a terminal, which stays if `keep`; elsewhere only the lines that stay."""
-    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
-        return
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
-    elif keep:
-        print(text, flush=True)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Gives a temporary path, which takes the place of `path` when all went well."""
-    temporary = path.with_name(f"tmp-{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def stop(message):
-    """Ends the program with one line and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-@contextlib.contextmanager
-def explained(what):
-    """Any failure inside ends the program with one line; DDPM_EMA_DEBUG=1 shows where it was."""
-    try:
-        yield
-    except Exception as error:
-        if os.environ.get("DDPM_EMA_DEBUG") == "1":
-            raise
-        stop(f"{what}: {error or type(error).__name__}")
 
 
 class Dataset:
-    """Images [N, C, H, W], uint8 or float32, with labels [N] and their names where there are any.
+    """Images [N, C, H, W], with labels [N] and the names of their values where there are any.
 
-    x0(i)    images i scaled for the network: uint8 to [-1, 1]; floats (latents, representations)
-             to mean 0 and standard deviation 1 in each channel
-    bound    the largest |x0|, for samplers to clip at
-    turns    without labels, the quarter turns that the classifier is to tell apart
+    Integers from 0 to 255 are pictures, which x0 scales to [-1, 1]; floats (latents,
+    representations) get mean 0 and standard deviation 1 in each channel. bound is the largest |x0|.
     """
 
     def __init__(self, images, labels=None, names=None):
-        self.images = images = torch.from_numpy(np.ascontiguousarray(images))
-        if images.dim() != 4 or 0 in images.shape or len(images) < 20:
+        if images.ndim != 4 or 0 in images.shape or len(images) < 20:
             raise ValueError(f"images have shape {list(images.shape)}; needed are 20 or more, "
                              "[N, C, H, W] or [N, H, W, C]")
-        self.is_pictures, self.bound = images.dtype == torch.uint8, 1.0
-        self.shift = self.scale = torch.full((images.shape[1], 1, 1), 127.5)  # [C, 1, 1]
-        if not self.is_pictures:
-            mean = images.mean((0, 2, 3), dtype=torch.float64)  # exact for a constant channel
-            self.shift = mean.float().view(-1, 1, 1)
-            self.scale = images.std((0, 2, 3)).clamp(min=1e-6).view(-1, 1, 1)
-            self.bound = ((images - self.shift) / self.scale).abs().max().item()
-            if not math.isfinite(self.bound):
-                raise ValueError("the data hold NaN or infinite values; all must be finite")
-        self.turns = [0, 1, 2, 3] if images.shape[2] == images.shape[3] else [0, 2]
-        self.labels, self.names, self.num_classes = None, [], len(self.turns)
+        self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
+        if self.is_pictures and 0 <= images.min() <= images.max() <= 255:
+            self.images = torch.from_numpy(np.ascontiguousarray(images, np.uint8))
+        else:
+            with np.errstate(over="ignore"):  # what is infinite is refused below
+                images = torch.from_numpy(np.ascontiguousarray(images, np.float32))
+            mean = images.mean((0, 2, 3), True, dtype=torch.float64)  # exact for equal values
+            scale = images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+            self.images = (images - mean.float()) / scale
+            self.bound = self.images.abs().max().item()
+            if self.is_pictures or not math.isfinite(self.bound):
+                raise ValueError("needed are finite floats, or integers from 0 to 255")
+        # Without labels the classifier learns to tell quarter turns, or half ones, apart.
+        self.labels, self.names = None, []
+        self.num_classes = 4 if images.shape[2] == images.shape[3] else 2
         if labels is not None:
             if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
                 raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
@@ -787,34 +748,33 @@ class Dataset:
             self.labels, self.num_classes = torch.from_numpy(labels), len(values)
             self.names = [str(value) if names is None else names[value] for value in values]
 
-    def __len__(self):
-        return len(self.images)
+    def part(self, index, device):
+        """The data set of some images, on a device."""
+        part = copy.copy(self)
+        part.images = self.images[index].to(device)
+        part.labels = None if self.labels is None else self.labels[index].to(device)
+        return part
+
+    def split(self, device):
+        """Training and held-out part: a fifth is held out, at most 4,096, always the same."""
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
+        held_out = min(len(order) // 5, 4096)
+        return self.part(order[held_out:], device), self.part(order[:held_out], device)
 
     def x0(self, index):
-        x0 = (self.images[index].float() - self.shift) / self.scale  # [B, C, H, W]
+        """Images as the network sees them, [B, C, H, W] float32."""
+        x0 = self.images[index].float()
+        x0 = (x0 - 127.5) / 127.5 if self.is_pictures else x0
         return x0.contiguous(memory_format=torch.channels_last)
 
     def batches(self, count):
         """Yields x0 [<=256, C, H, W] of the first `count` images."""
-        for index in torch.arange(min(count, len(self)), device=self.images.device).split(256):
+        for index in torch.arange(min(count, len(self.images))).split(256):
             yield self.x0(index)
 
     def round(self, x0):
         """What x0 becomes when it is stored as an image: floats stay as they are."""
         return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
-
-    def split(self, device):
-        """[training, held-out] on a device: a fifth is held out, at most 4,096, always the same."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
-        parts, num_held_out = [], min(len(self) // 5, 4096)
-        for index in (order[num_held_out:], order[:num_held_out]):
-            part = copy.copy(self)
-            part.images, part.shift, part.scale = (
-                value.to(device) for value in (self.images[index], self.shift, self.scale))
-            if self.labels is not None:
-                part.labels = self.labels[index].to(device)
-            parts.append(part)
-        return parts
 
 
 def draw_glyphs(num_images, seed=0):
@@ -846,52 +806,23 @@ def read_idx(path):
     """An array of unsigned bytes from a file of the MNIST format, gzipped or not."""
     data = path.read_bytes()
     data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path.name} is no idx file of unsigned bytes")
     shape = np.frombuffer(data, ">u4", data[3], 4)
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def read_idx_files(files):
-    """The training pair, where there is one, else all pairs."""
-    images, labels = [], []
-    for path in [file for file in files if file.name.startswith("train")] or files:
-        images.append(read_idx(path))
-        twin = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-        twins = [path.with_name(twin), path.with_name(f"{twin}.gz")]
-        labels += [read_idx(file) for file in twins if file.exists()][:1]
-    return np.concatenate(images)[:, None], np.concatenate(labels) if labels else None
-
-
-def read_image_files(files):
+def read_pictures(files):
     """Images of one size; the classes are their folders, where there are several."""
     images = []
     for path in files:
-        image = matplotlib.image.imread(path)  # [H, W] or [H, W, C]; floats from PNG
+        image = np.atleast_3d(matplotlib.image.imread(path))  # [H, W, 1 to 4]; floats from PNG
+        image = image[:, :, :1 if image.shape[2] < 3 else 3]  # no transparency
         peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
-        image = np.atleast_3d(image * (255 / peak)).round().astype(np.uint8)
-        images.append(image[:, :, :1 if image.shape[2] == 2 else 3])  # no transparency
+        images.append((image * (255 / peak)).round().astype(np.uint8))
     channels = max(image.shape[2] for image in images)  # grey among colour becomes colour
     images = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
-    names, labels = np.unique([str(path.parent) for path in files], return_inverse=True)
-    names = [Path(name).name for name in names]
+    folders, labels = np.unique([str(path.parent) for path in files], return_inverse=True)
+    names = [Path(folder).name for folder in folders]
     return images.transpose(0, 3, 1, 2), labels if len(names) > 1 else None, names
-
-
-def read_npz(path):
-    """`images` [N, C, H, W] or [N, H, W, C], told apart by the two equal sizes or the least one."""
-    with np.load(path, allow_pickle=False) as file:
-        images, labels = file["images"], file.get("labels")
-    if images.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # Dataset refuses what is infinite
-            images = images.astype(np.float32)
-    elif images.dtype.kind in "iu" and images.size and 0 <= images.min() <= images.max() <= 255:
-        images = images.astype(np.uint8)
-    else:
-        raise ValueError(f"images are {images.dtype}; allowed are floats, integers from 0 to 255")
-    _, a, b, c = images.shape
-    last = a == b != c or (b != c and c < a)
-    return images.transpose(0, 3, 1, 2) if last else images, labels
 
 
 def download(name):
@@ -917,15 +848,25 @@ def load_data(source):
         records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
         return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
     if path.suffix == ".npz":
-        return Dataset(*read_npz(path))
+        with np.load(path, allow_pickle=False) as file:
+            images, labels = file["images"], file.get("labels")
+        _, *sizes = images.shape  # channels are last where the others agree, or where they are least
+        last = len(sizes) == 3 and (sizes[0] == sizes[1] != sizes[2]
+                                    or sizes[1] != sizes[2] < sizes[0])
+        return Dataset(images.transpose(0, 3, 1, 2) if last else images, labels)
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    pictures = [file for file in files if file.suffix.lower() in PICTURES]
-    idx = {str(file).removesuffix(".gz"): file for file in files
-           if "idx3" in file.name and file not in pictures}  # of a gzipped twin only one
-    if not idx and not pictures:
+    pictures = [file for file in files if file.suffix.lower() in (
+        ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")]
+    if pictures:
+        return Dataset(*read_pictures(pictures))
+    idx = {str(file).removesuffix(".gz"): file for file in files if "-ubyte" in file.name}
+    idx = [file for file in idx.values() if "train" in file.name] or [*idx.values()]
+    images, labels = ([read_idx(file) for file in idx if kind in file.name]
+                      for kind in ("images", "labels"))
+    if not images:
         raise ValueError(f"no data there; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder of "
                          "idx files or of images, and an .npz file")
-    return Dataset(*(read_idx_files([*idx.values()]) if idx else read_image_files(pictures)))
+    return Dataset(np.concatenate(images)[:, None], np.concatenate(labels) if labels else None)
 
 
 # ==================================================================================================
@@ -963,7 +904,7 @@ def train_classifier(net, data, num_steps=500, batch_size=128):
     for layer in net.modules():
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
-    weight = torch.ones(len(data))
+    weight = torch.ones(len(data.images))
     if data.labels is not None:
         weight = 1 / data.labels.bincount()[data.labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
@@ -972,8 +913,8 @@ def train_classifier(net, data, num_steps=500, batch_size=128):
     for index in order.split(batch_size):
         x0 = data.x0(index)  # [B, C, H, W]
         if data.labels is None:
-            label = torch.arange(batch_size) % len(data.turns)
-            x0 = torch.stack([x.rot90(data.turns[k], (1, 2)) for x, k in zip(x0, label)])
+            label = torch.arange(batch_size) % data.num_classes
+            x0 = torch.stack([x.rot90(k * 4 // data.num_classes, (1, 2)) for k, x in zip(label, x0)])
         else:
             label = data.labels[index]
         optimizer.zero_grad()
@@ -1012,8 +953,7 @@ def manifold_share(features, reference, k=3):
     Kynkäänniemi et al. 2019 (arXiv:1904.06991, eq. 1): the mean of the answer is precision for
     (samples, real) and recall for (real, samples). Works in tiles: memory is O(N + M).
     """
-    tiles = reference.split(1024)
-    radii = []
+    tiles, radii = reference.split(1024), []
     for tile in tiles:  # k + 1: a point is its own nearest neighbour
         nearest = [torch.cdist(tile, other).topk(min(k + 1, len(other)), largest=False).values
                    for other in tiles]
@@ -1038,34 +978,30 @@ def measure(features, probs, real, num_bootstrap=20):
     legible        share of images whose mode is read with probability above 0.9
     modes          mass of each mode over its true mass: a list, without a spread
     """
-    true, n, m = real["shares"], len(features), len(real["features"])
+    true, sizes, rows = real["shares"], (len(features), len(real["features"])), []
     p, confident = probs.double(), (probs.amax(1) > 0.9).double()
     plogp = (p * p.clamp(min=1e-12).log()).sum(1)  # [N]
     hits = F.one_hot(probs.argmax(1), probs.shape[1]).double()  # [N, K]
     precise = manifold_share(features, real["features"]).double()
     recalled = manifold_share(real["features"], features).double()
-
-    def metrics(drawn, drawn_real):
-        mean = drawn @ p / n  # [K]
-        entropy = (drawn @ plogp / n - mean @ mean.clamp(min=1e-12).log()).item()
-        out = {"fd": frechet_distance(*moments(features, drawn), *real["moments"]),
-               "is": math.exp(entropy), "precision": (drawn @ precise / n).item(),
-               "recall": (drawn_real @ recalled / m).item()}
-        if true is not None:
-            share = drawn @ hits / n  # [K]
-            rare = true.argsort(descending=True)[len(true) // 2:]
-            out |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
-                    "covered_modes": (share > true / 4).double().sum().item(),
-                    "legible": (drawn @ confident / n).item()}
-        return out
-
     generator = torch.Generator(features.device).manual_seed(0)
-    draws = [metrics(*(torch.randint(size, (size,), device=features.device, generator=generator)
-                       .bincount(minlength=size).double() for size in (n, m)))
-             for _ in range(num_bootstrap)]
-    row = metrics(*(torch.ones(size, dtype=torch.float64, device=features.device)
-                    for size in (n, m)))
-    row |= {f"{name}_sd": np.std([draw[name] for draw in draws], ddof=1).item() for name in row}
+    for resample in range(num_bootstrap + 1):  # in the first, each row counts once
+        drawn, drawn_real = (
+            torch.randint(n, (n,), device=features.device, generator=generator).bincount(
+                minlength=n).double() if resample else p.new_ones(n) for n in sizes)
+        share, mean = drawn @ hits / drawn.sum(), drawn @ p / drawn.sum()  # [K]
+        entropy = (drawn @ plogp / drawn.sum() - mean @ mean.clamp(min=1e-12).log()).item()
+        row = {"fd": frechet_distance(*moments(features, drawn), *real["moments"]),
+               "is": math.exp(entropy), "precision": (drawn @ precise / drawn.sum()).item(),
+               "recall": (drawn_real @ recalled / drawn_real.sum()).item()}
+        if true is not None:
+            rare = true.argsort(descending=True)[len(true) // 2:]
+            row |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
+                    "covered_modes": (share > true / 4).double().sum().item(),
+                    "legible": (drawn @ confident / drawn.sum()).item()}
+        rows.append(row)
+    row = rows[0] | {f"{name}_sd": np.std([row[name] for row in rows[1:]], ddof=1).item()
+                     for name in rows[0]}
     if true is not None:
         row["modes"] = (hits.mean(0) / true).nan_to_num(posinf=0).tolist()
     return row
@@ -1076,16 +1012,23 @@ def measure(features, probs, real, num_bootstrap=20):
 # ==================================================================================================
 # A row is a dict of plain values: what is known of one set of weights at one step. `name` says
 # which weights: raw, "0.99" or "0.99 debiased" (or real: held-out images); `samples` how they were
-# used: "2048 by dpm++ in 24 steps", or "" in the log. (step, name, samples) is its key. Rows live
-# in metrics.jsonl and nowhere else; tables, pictures and reports see nothing but rows.
+# used: "2048 by dpm++ in 24 steps", or "" for losses alone. (step, name, samples) is its key. Rows
+# live in metrics.jsonl and nowhere else; tables, pictures and reports see nothing but rows.
 
 BETTER = {  # 1: lower is better, -1: higher, 0: nearer to 1
     "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
     "covered_modes": -1, "legible": -1, "held_out_loss": 1}
-HELD_OUT = "512 held-out images"  # `samples` of the rows that --decay auto chooses from
-CANDIDATES = (  # and their decays: the ladder's range, in round numbers
-    "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
-    "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a temporary path, which takes the place of `path` when all went well."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def key_of(row):
@@ -1104,6 +1047,17 @@ def read_rows(folder):
     return rows
 
 
+def write_csv(path, rows):
+    """results.csv: the rows for people, of what is a number or a text."""
+    names = dict.fromkeys(["step", "name", "init_share", "samples"])
+    names |= {name: None for row in rows for name in row if not isinstance(row[name], list)}
+    with replacing(path) as temporary, open(
+            temporary, "w", newline="", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def known(rows):
     """The metrics that are in any of the rows."""
     return [metric for metric in BETTER if any(metric in row for row in rows)]
@@ -1120,12 +1074,6 @@ def best(rows, metric):
     return min(rows, key=lambda row: cost(row, metric))
 
 
-def chosen(rows, step):
-    """The row of the average that has the lowest held-out loss at a step."""
-    return best([row for row in rows if row["step"] == step and row["samples"] == HELD_OUT
-                 and row["decay"] in CANDIDATES], "held_out_loss")
-
-
 def clearly(better, worse, metric):
     """Whether their difference exceeds the root of the summed squares of their spreads."""
     spread = math.hypot(better.get(f"{metric}_sd", 0), worse.get(f"{metric}_sd", 0))
@@ -1133,35 +1081,32 @@ def clearly(better, worse, metric):
 
 
 def settled(log):
-    """The last rows of the log, with how the held-out loss of each set of weights settled.
+    """The last rows of the log, and how the held-out loss of each set of weights settled.
 
-    wobble: its standard deviation over the last quarter of the steps about a straight line, so
-    that a loss that still falls does not count as one that wobbles; None of fewer than 3 rows.
-    reached: the first step at which it was not above raw's mean over that quarter.
+    wobble: its standard deviation within the last quarter of the steps, from the differences of
+    successive rows (von Neumann 1941), so that a steady fall does not count. reached: the first
+    step at which it was not above raw's mean over that quarter.
     """
+    lines = {}
+    for row in log:
+        lines.setdefault(row["name"], []).append((row["step"], row["held_out_loss"]))
     last = log[-1]["step"]
-    late = [row for row in log if row["step"] >= 0.75 * last]
-    level = np.mean([row["held_out_loss"] for row in late if row["name"] == "raw"])
-    rows = []
-    for row in [row for row in log if row["step"] == last]:
-        line = [(r["step"], r["held_out_loss"]) for r in late if r["name"] == row["name"]]
-        steps, losses = np.array(line).T
-        trend = np.polyval(np.polyfit(steps, losses, min(1, len(line) - 1)), steps)
-        reached = [r["step"] for r in log if r["name"] == row["name"]
-                   and r["held_out_loss"] <= level]
-        rows.append(row | {"wobble": np.std(losses - trend).item() if len(line) > 2 else None,
-                           "reached": min(reached, default=None)})
-    return rows
+    late = {name: [loss for step, loss in line if step >= 0.75 * last]
+            for name, line in lines.items()}
+    level = np.mean(late["raw"])
+    return [row | {"wobble": np.sqrt(np.mean(np.square(np.diff(late[row["name"]]))) / 2).item()
+                   if len(late[row["name"]]) > 1 else None,
+                   "reached": next((s for s, loss in lines[row["name"]] if loss <= level), None)}
+            for row in log if row["step"] == last]
 
 
 def cell(row, field):
     """What a table shows: 20.4 ± 1.6, as many digits as the spread is worth."""
-    value, spread = row.get(field), row.get(f"{field}_sd")
-    if value is None:
-        return "-"
-    if not isinstance(value, float) or not spread or not math.isfinite(spread):
-        plain = not isinstance(value, float)
-        return str(value) if plain else f"{value:,.{'0f' if abs(value) >= 999.5 else '3g'}}"
+    value, spread = row.get(field), row.get(f"{field}_sd", 0)
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    if not 0 < spread < math.inf:
+        return f"{value:,.{'0f' if abs(value) >= 999.5 else '3g'}}"
     digits = math.floor(math.log10(spread))
     digits = max(0, -digits + (spread < 2 * 10**digits))
     return f"{value:.{digits}f} ± {spread:.{digits}f}"
@@ -1206,6 +1151,36 @@ SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 FIXED = ("preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective",
          "schedule")
 INIT, TRAIN, SAMPLE = range(3)  # streams of random numbers
+CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
+    "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
+    "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
+
+
+def show(text, keep=True):
+    """One live line on a terminal, which stays if `keep`; elsewhere only the lines that stay."""
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
+        return
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
+    elif keep:
+        print(text, flush=True)
+
+
+def stop(message):
+    """Ends the program with one line and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Any failure inside ends the program with one line; DDPM_EMA_DEBUG=1 shows where it was."""
+    try:
+        yield
+    except Exception as error:
+        if os.environ.get("DDPM_EMA_DEBUG") == "1":
+            raise
+        stop(f"{what}: {error or type(error).__name__}")
 
 
 def seed_of(stream, seed, index=0):
@@ -1213,33 +1188,27 @@ def seed_of(stream, seed, index=0):
     return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
 
 
-def saved_steps(folder):
-    """{step: path} of the checkpoints in a folder."""
-    return {int(path.stem[11:]): path for path in folder.glob("checkpoint-*.pt")
-            if path.stem[11:].isdigit()}
-
-
 def load_checkpoint(path):
     with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"settings", "step", "running", "kept", "ema"} <= checkpoint.keys():
+        if {"settings", "step", "running", "ema"} <= checkpoint.keys():
             return checkpoint
     raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
 
 
-def load_features(file, data):
+def load_features(file, device):
     """The network in --features, TorchScript: a function x0 [B, C, H, W] -> features [B, D]."""
-    network = torch.jit.load(file, map_location=data.images.device).eval()
+    network = torch.jit.load(file, map_location=device).eval()
     wanted = {"return_features"} & {a.name for a in network.forward.schema.arguments}  # Inception
 
     def features_of(x0):
         images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        return network(images, **dict.fromkeys(wanted, True)).float()
+        features = network(images, **dict.fromkeys(wanted, True)).float()
+        if features.dim() != 2 or len(features) != len(x0) or not features.isfinite().all():
+            raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
+                             "finite [B, D]")
+        return features
 
-    made = features_of(next(data.batches(2)))
-    if not data.is_pictures or made.dim() != 2 or len(made) != 2 or not made.isfinite().all():
-        raise ValueError(f"it makes {list(made.shape)} of two images; needed are finite [2, D], of "
-                         "pictures with 1 or 3 channels")
     return features_of
 
 
@@ -1254,20 +1223,19 @@ def sketch(moved, size=64):
 
 
 class Run:
-    """One training run and all that belongs to it; its rows are what leaves it.
+    """One training run and all that belongs to it; its rows, {key: row}, are what leaves it.
 
-    settings   what the flags and the preset say, see SETTINGS and PRESETS
-    saved      {step: path} of its checkpoints: one holds all of the run but its rows
-    rows       {key: row} of metrics.jsonl
-
-    Under torchrun every process has the same weights, averages and rows, trains on its share of
-    each batch and evaluates its share of the rows; rank 0 writes.
+    `settings` are what the flags and the preset say, see SETTINGS and PRESETS. In its folder
+    last.pt holds all of the run but its rows, step-N.pt the same at a stage. Under torchrun every
+    process has the same weights, averages and rows, trains on its share of each batch and measures
+    its share of the rows; rank 0 writes.
     """
 
     PARTS = ("model", "optimizer", "ema", "classifier")
 
     def __init__(self, settings):
-        self.settings, self.out, self.step = settings, Path(settings.out), 0
+        s = self.settings = settings
+        self.out, self.step, self.saved = Path(s.out), 0, -1
         self.rank, self.world = (int(os.environ.get(name, default)) for name, default in (
             ("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun starts several processes
         self.device = torch.device("cpu")
@@ -1276,33 +1244,32 @@ class Run:
             torch.cuda.set_device(self.device)
         if self.world > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        with explained(f"--data {settings.data}"):
-            data = load_data(settings.data)
+        with explained(f"--data {s.data}"):
+            data = load_data(s.data)
             self.data, self.held_out = data.split(self.device)
-        channels = data.images.shape[1]
-        settings.data_shape = [len(self.data), *data.images.shape[1:], data.num_classes]
-        torch.manual_seed(seed_of(INIT, settings.seed))
-        self.model = self.parallel = UNet(channels, **settings.network)
+        s.data_shape = [*self.data.images.shape, data.num_classes]
+        torch.manual_seed(seed_of(INIT, s.seed))
+        self.model = self.parallel = UNet(data.images.shape[1], **s.network)
         self.model.to(self.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
         if self.world > 1:
             self.parallel = nn.parallel.DistributedDataParallel(self.model)
-        self.diffusion = Diffusion(settings.schedule, settings.objective)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), settings.lr, fused=True)
-        self.ema, self.initial = EMABank(self.model, settings.tracked), self.vector()
+        self.diffusion = Diffusion(s.schedule, s.objective)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr, fused=True)
+        self.ema, self.initial = EMABank(self.model, s.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
-        self.classifier = Classifier(channels, data.num_classes)
-        self.rows, self.saved = read_rows(self.out), saved_steps(self.out)
-        self.kept = {*settings.stage_steps, settings.steps}  # checkpoints that stay
+        self.classifier = Classifier(data.images.shape[1], data.num_classes)
+        self.rows = read_rows(self.out)
         self.check()
-        if self.saved:
-            self.load(max(self.saved))
+        if (self.out / "last.pt").exists():
+            self.load("last.pt")
+            self.saved = self.step
         else:  # on the CPU: there two runs come to the same one
             show("training the classifier whose features the metrics use", keep=False)
             train_classifier(self.classifier, data.split("cpu")[0])
         self.classifier.to(self.device).eval()
-        if self.rank == 0:  # without lines that were torn or written twice
+        if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            with replacing(self.out / "metrics.jsonl") as temporary:
+            with replacing(self.out / "metrics.jsonl") as temporary:  # without torn lines
                 temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
 
     def check(self):
@@ -1311,8 +1278,9 @@ class Run:
         self.held_out_loss(1)  # do the shapes fit?
         torch.empty(s.batch_size, *self.data.images.shape[1:])  # is there room for a batch?
         if s.features:
-            with explained(f"--features {s.features}"), torch.no_grad():
-                self.features_of = load_features(s.features, self.data)
+            with explained(f"--features {s.features}"):
+                self.features_of = load_features(s.features, self.device)
+                self.features_of(next(self.data.batches(2)))
         probe = EMABank(nn.Linear(1, 1), s.tracked)
         for probe.step in s.stage_steps:
             for decay in s.decay:
@@ -1330,8 +1298,9 @@ class Run:
     def train_step(self):
         """One step of Adam; all that is random in it is a function of (seed, step)."""
         s, device = self.settings, self.device
+        self.model.train()
         torch.manual_seed(seed_of(TRAIN, s.seed, self.step))
-        index = torch.randint(len(self.data), (s.batch_size,), device=device)  # [B]
+        index = torch.randint(len(self.data.images), (s.batch_size,), device=device)  # [B]
         t = torch.randint(self.diffusion.num_steps, (s.batch_size,), device=device)  # [B]
         x0 = self.data.x0(index)  # [B, C, H, W]
         if s.flip:
@@ -1359,94 +1328,76 @@ class Run:
 
         First log and save, then one step, so that the last step is no special case.
         """
-        s = self.settings
-        latest = max((step for step in self.saved if step <= until), default=0)
-        if latest > self.step or self.step > until:
-            self.load(latest)
-        self.model.train()
-        self.since = time.perf_counter(), self.step
+        s, kept = self.settings, self.out / f"step-{until}.pt"
+        if kept.exists() or self.step < self.saved:
+            self.load(kept.name if kept.exists() else "last.pt")
+        start = time.perf_counter(), self.step
         while True:
-            logs = self.step % s.log_every == 0 or self.step == s.steps
-            saves = self.step % s.save_every == 0 or self.step == until
+            ends = self.step == until
+            logs = ends or self.step % s.log_every == 0
+            saves = (not kept.exists() if ends else
+                     self.step > self.saved and self.step % s.save_every == 0)
             if (logs or saves) and not math.isfinite(
                     self.running.sum().item() + self.held_out_loss(1)):
                 stop(f"training diverged before step {self.step}; a lower --lr may help")
             if logs:
-                self.log()
-            if saves and self.step not in self.saved:
-                self.save()
-            if self.step == until:
+                self.log(*start)
+                start = time.perf_counter(), self.step
+            if saves:
+                self.save(["last.pt", kept.name] if ends else ["last.pt"])
+            if ends:
                 return
             self.train_step()
 
-    @torch.no_grad()
-    def log(self):
-        """Adds the rows of the log, unless an interrupted call has done so."""
-        s = self.settings
-        loss, norm, count = self.running.tolist()
-        if self.step % s.log_every == 0:  # else the run may be trained on, with the same means
-            self.running.zero_()
-        names = self.names(self.ema.decays)
-        if all((self.step, name, "") in self.rows for name in names):
-            return
-        self.model.eval()
-        for name in names:
-            with self.weights(name):
-                row = self.row(name, held_out_loss=self.held_out_loss(128))
-                moved = self.vector() - self.initial
-            if name == "raw":
-                raw_moved = moved
-                row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
-            self.add(row | {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
-                            "distance_raw": (moved - raw_moved).norm().item()})
-        self.model.train()
-        seconds, steps = time.perf_counter() - self.since[0], self.step - self.since[1]
-        if steps:
-            show(f"step {self.step}/{s.steps}  loss {loss / count:.4f}  "
-                 f"{steps * s.batch_size / seconds:.0f} images/s  "
-                 f"{(s.steps - self.step) * seconds / steps / 60:.1f} min left",
+    def log(self, since, first):
+        """Adds the rows of losses and distances, unless an interrupted call has done so."""
+        s, count = self.settings, self.step - first
+        self.complete(self.names(self.ema.decays), "")
+        if count:
+            speed = count / (time.perf_counter() - since)
+            show(f"step {self.step}/{s.steps}  loss {self.running[0] / self.running[2]:.4f}  "
+                 f"{speed * s.batch_size:.0f} images/s  "
+                 f"{(s.steps - self.step) / speed / 60:.1f} min left",
                  keep=not sys.stdout.isatty() or self.step == s.steps)
-        self.since = time.perf_counter(), self.step
+        if self.step % s.log_every == 0:  # else the run may go on, with the same means
+            self.running.zero_()
 
-    def save(self):
-        """Keeps the present step; the checkpoint before goes, unless it is of a stage."""
+    def save(self, names):
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {"step": self.step, "running": self.running, "kept": sorted(self.kept),
-                  "settings": vars(self.settings)}
-        old = [self.saved.pop(step) for step in [*self.saved] if step not in self.kept]
-        self.saved[self.step] = self.out / f"checkpoint-{self.step}.pt"
+        state |= {"step": self.step, "running": self.running, "settings": vars(self.settings)}
         if self.rank == 0:
-            with replacing(self.saved[self.step]) as temporary:
-                torch.save(state, temporary)
-            for path in old:
-                path.unlink(missing_ok=True)
+            for name in names:
+                with replacing(self.out / name) as temporary:
+                    torch.save(state, temporary)
+        if self.world > 1:
+            distributed.barrier()
+        self.saved = self.step
 
-    def load(self, step):
-        state, ours = load_checkpoint(self.saved[step]), vars(self.settings)
-        for name in FIXED:
-            if state["settings"][name] != ours[name]:
-                raise ValueError(f"the run in {self.out} has {name} {state['settings'][name]}, not "
-                                 f"{ours[name]}; leave that out, or choose another --out")
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
+    def load(self, name):
+        state, ours = load_checkpoint(self.out / name), vars(self.settings)
+        for key in FIXED:
+            if state["settings"][key] != ours[key]:
+                raise ValueError(f"the run in {self.out} has {key} {state['settings'][key]}, not "
+                                 f"{ours[key]}; leave that out, or choose another --out")
+        for part in self.PARTS:
+            getattr(self, part).load_state_dict(state[part])
         self.running.copy_(state["running"])
-        self.step, self.kept = step, self.kept | {*state["kept"]}
+        self.step = state["step"]
 
     def names(self, decays):
         """raw and these averages, debiased as well where the initial weights weigh anything."""
         names = ["raw"]
         for decay in decays:
             names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
-        return names
+        return list(dict.fromkeys(names))
 
     def weights(self, name):
         """The model has these weights inside the with block."""
-        decay = name.removesuffix(" debiased")
         if name in ("raw", "real"):
             return contextlib.nullcontext()
-        return self.ema.applied(decay, debias=decay != name)
+        return self.ema.applied(name.removesuffix(" debiased"), debias=name.endswith("debiased"))
 
-    def row(self, name, samples="", **values):
+    def row(self, name, samples):
         """What every row says: whose weights, and what their decay means at this step."""
         decay = name.removesuffix(" debiased")
         row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
@@ -1459,16 +1410,10 @@ class Run:
             log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
             row |= {"horizon": -1 / math.expm1(log),
                     "half_life_images": -math.log(2) / log * self.settings.batch_size}
-        return row | values
-
-    def add(self, row):
-        self.rows[key_of(row)] = row
-        if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+        return row
 
     @torch.no_grad()
-    def held_out_loss(self, num_images):
+    def held_out_loss(self, num_images=256):
         """Mean loss on fixed images, noise and times spread evenly over 0..T-1."""
         x0 = torch.cat([*self.held_out.batches(num_images)])
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
@@ -1508,73 +1453,80 @@ class Run:
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         shares = None  # of the modes; one may be among the held-out images only
         if data.labels is not None:
-            shares = data.labels.bincount(minlength=data.num_classes).double() / len(data)
+            shares = data.labels.bincount(minlength=data.num_classes).double() / len(data.labels)
         return {"moments": moments(features, once), "features": features[:count], "shares": shares}
 
     def measured(self, name, samples):
-        """The row of some weights: their held-out loss, or how good their samples are."""
+        """The row of some weights: their losses and distances, and how good their samples are."""
+        raw, row = self.vector(), self.row(name, samples)
         with self.weights(name):
-            if samples == HELD_OUT:
-                return self.row(name, samples, held_out_loss=self.held_out_loss(512))
-            batches = self.held_out.batches if name == "real" else self.draw
-            metrics = measure(*self.features(batches(self.settings.num_samples), name),
-                              self.reference)
-        if self.settings.features:
-            metrics = {metric.replace("fd", "fid"): value for metric, value in metrics.items()}
-        if loss := self.rows.get((self.step, name, HELD_OUT)):
-            metrics["held_out_loss"] = loss["held_out_loss"]
-        return self.row(name, samples, **metrics)
+            if name != "real":
+                row["held_out_loss"] = self.held_out_loss()
+            if samples:
+                batches = self.held_out.batches if name == "real" else self.draw
+                metrics = measure(*self.features(batches(self.settings.num_samples), name),
+                                  self.reference)
+                fd = "fid" if self.settings.features else "fd"
+                return row | {metric.replace("fd", fd): metrics[metric] for metric in metrics}
+            moved = self.vector() - self.initial
+            row |= {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
+                    "distance_raw": (self.vector() - raw).norm().item()}
+        loss, norm, count = self.running.tolist()
+        if name == "raw" and count:
+            row |= {"loss": loss / count, "grad_norm": norm / count}
+        return row
 
+    @torch.no_grad()
     def complete(self, names, samples):
-        """Adds what rows are lacking, as many at once as there are processes."""
+        """Adds the rows that are lacking, as many at once as there are processes."""
         names = [name for name in names if (self.step, name, samples) not in self.rows]
         start = time.perf_counter()
+        self.model.eval()
         for i in range(0, len(names), self.world):
-            rows = [self.measured(name, samples) for name in names[i + self.rank:][:1]]
-            parts = [rows]
+            parts = [[self.measured(name, samples) for name in names[i + self.rank:][:1]]]
             if self.world > 1:
                 parts *= self.world
-                distributed.all_gather_object(parts, rows)
+                distributed.all_gather_object(parts, parts[0])
             for row in itertools.chain(*parts):
-                self.add(row)
+                self.rows[key_of(row)] = row
+                if self.rank == 0:
+                    with open(self.out / "metrics.jsonl", "a") as file:
+                        file.write(json.dumps(row) + "\n")
             done = min(i + self.world, len(names))
             left = (time.perf_counter() - start) / done * (len(names) - done) / 60
-            show(f"step {self.step}, {samples}: {done} of {len(names)} rows, {left:.1f} min left",
-                 keep=done == len(names))
+            if samples:
+                show(f"step {self.step}, {samples}: {done} of {len(names)} rows, "
+                     f"{left:.1f} min left", keep=done == len(names))
 
     @torch.no_grad()
     def evaluate(self):
-        """Adds the rows that the table lacks at this step."""
-        s, picture = self.settings, self.out / "samples.png"
-        self.model.eval()
-        self.complete(self.names(dict.fromkeys([*CANDIDATES, *s.decay])), HELD_OUT)
-        names = dict.fromkeys(["real", *self.names(s.decay)])
+        """Adds the rows that the table lacks at this step, and draws the first samples."""
+        s, step = self.settings, self.step
+        self.complete(self.names([*CANDIDATES, *s.decay]), "")
+        names = ["real", *self.names(s.decay)]
         if s.auto:
-            names[chosen(self.rows.values(), self.step)["name"]] = None
-        lacks = any((self.step, name, s.samples) not in self.rows for name in names)
-        if lacks and self.rank == 0:  # a picture of other rows would stay after an interruption
-            picture.unlink(missing_ok=True)
+            losses = [row for row in self.rows.values() if row["step"] == step
+                      and row["samples"] == "" and row["decay"] in CANDIDATES]
+            names.append(best(losses, "held_out_loss")["name"])
+        names = list(dict.fromkeys(names))
+        lacks = any((step, name, s.samples) not in self.rows for name in names)
         self.complete(names, s.samples)
-        if self.rank:
-            return
-        rows = [self.rows[self.step, name, s.samples] for name in names]
-        if not picture.exists():
-            images = []
-            for name in names:
-                with self.weights(name):
-                    batches = self.data.batches(8) if name == "real" else self.draw(8)
-                    images.append(next(batches).cpu())
-            plot_samples(picture, rows, images)
-        if lacks:  # so that one who stops here has the table so far
+        rows, images = [self.rows[step, name, s.samples] for name in names], []
+        for name in names if self.rank == 0 else ():
+            with self.weights(name):
+                batches = self.data.batches(8) if name == "real" else self.draw(8)
+                images.append(next(batches).cpu())
+        if self.rank == 0:  # so that one who stops here has the table so far
+            plot_samples(self.out / "samples.png", rows, images)
             write_csv(self.out / "results.csv", self.rows.values())
-            if self.step < s.stage_steps[-1]:
+            if lacks and step < s.stage_steps[-1]:
                 print_rows(rows, known(rows))
 
     def describe(self):
         """Says what will run, and what follows from it."""
         s, count = self.settings, sum(p.numel() for p in self.model.parameters())
-        show(f"{s.data}: {len(self.data):,} training and {len(self.held_out):,} held-out images "
-             f"{list(self.data.images.shape[1:])}, {len(self.data.names) or 'no'} modes\n"
+        show(f"{s.data}: {s.data_shape[0]:,} training and {len(self.held_out.images):,} held-out "
+             f"images {s.data_shape[1:4]}, {len(self.data.names) or 'no'} modes\n"
              f"{s.steps:,} steps of {s.batch_size} images, {s.objective} on the {s.schedule} path, "
              f"UNet of {count:,} parameters on {self.world} x {self.device.type}, seed {s.seed}")
         for decay in s.decay:
@@ -1635,18 +1587,18 @@ def draw_panel(axis, panel):
         if field in ("fd", "fid", "held_out_loss", "horizon"):
             axis.set(**{f"{side.axis_name}scale": "log"})
         if field == "horizon":  # marked with the decays
-            ticks = {1 / (1 - decay): f"{decay:g}" if decay else "raw" for decay in TICKS}
             low, high = side.get_view_interval()
-            ticks = {place: text for place, text in ticks.items() if low <= place <= high}
-            side.set_ticks([*ticks], [*ticks.values()], fontsize=8, rotation=30)
+            ticks = [decay for decay in TICKS if low <= 1 / (1 - decay) <= high]
+            side.set_ticks([1 / (1 - decay) for decay in ticks], minor=False, fontsize=8,
+                           labels=[f"{decay:g}" if decay else "raw" for decay in ticks], rotation=30)
             side.set_ticks([], minor=True)
         elif field == "held_out_loss":
             side.set_major_formatter("{x:g}")
             side.set_minor_formatter("{x:g}")
 
 
-def draw(path, title, panels, inset=None):
-    """A picture of panels, at most three in a row; inset: one that is drawn into the first."""
+def draw(path, title, panels):
+    """A picture of panels, at most three in a row."""
     panels = [panel for panel in panels if any(panel.y in row for row in panel.rows)]
     columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     figure = Figure(figsize=(5.2 * columns, 3.9 * lines + 0.3), layout="constrained")
@@ -1654,15 +1606,9 @@ def draw(path, title, panels, inset=None):
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, panel in zip(axes, panels):
         draw_panel(axis, panel)
-        if not (inset and axis is axes[0]):
-            axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8)
     for axis in axes[len(panels):]:
         axis.set_axis_off()
-    if inset:
-        inner = axes[0].inset_axes([0.5, 0.5, 0.5, 0.44])
-        draw_panel(inner, inset)
-        inner.set(xlabel="", ylabel="")
-        inner.tick_params(labelsize=7, which="both")
     save(figure, path)
 
 
@@ -1681,14 +1627,13 @@ def plot_curves(path, title, rows):
     raw = {row["step"]: row["held_out_loss"] for row in rows if row["name"] == "raw"}
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]
             and row["held_out_loss"] < 1.2 * raw[row["step"]]]
-    draw(path, title, [
-        Panel("Averages lag at first, then they are ahead", rows, "step", "held_out_loss", "decay",
-              "step"),
-        Panel("Raw weights wander, averages cut through", plain, "east", "north", "decay", "step")],
-        Panel("near raw, in the last quarter", late, "step", "held_out_loss", "decay", "step"))
+    draw(path, title, [Panel(text, shown, x, y, "decay", "step") for text, shown, x, y in (
+        ("Averages lag at first", rows, "step", "held_out_loss"),
+        ("then they are ahead: the last quarter", late, "step", "held_out_loss"),
+        ("Raw weights wander, averages cut through", plain, "east", "north"))])
 
 
-def plot_sweep(path, title, rows, candidates):
+def plot_sweep(path, title, rows, losses):
     """sweep.png: the metrics against the decay, a line a stage, and each stage's best decay."""
     leaders, steps = [], list(dict.fromkeys(row["step"] for row in rows))
     for metric in [m for m in known(rows) if m not in ("is", "covered_modes", "legible")]:
@@ -1699,7 +1644,7 @@ def plot_sweep(path, title, rows, candidates):
         Panel("How far samples are from the data", rows, "horizon", known(rows)[0], "step"),
         Panel("Quality against variety, along the decays", rows, "recall", "precision", "step"),
         Panel("Whether rare modes starve", rows, "horizon", "tail_share", "step"),
-        Panel("The loss that --decay auto goes by", candidates, "horizon", "held_out_loss", "step"),
+        Panel("The loss that --decay auto goes by", losses, "horizon", "held_out_loss", "step"),
         Panel("The best decay at each stage", leaders, "step", "horizon", "metric", "step")])
 
 
@@ -1731,21 +1676,18 @@ def plot_samples(path, rows, images):
 
 
 def pool(tables):
-    """Rows of runs that differ in their seed: means, and standard deviations over the seeds.
-
-    Rows that not all have are left out; those of a single run keep their own spreads.
+    """Rows that all tables have, of runs that differ in their seed: means, and standard deviations
+    over the seeds; those of a single run keep their own spreads.
     """
-    if len(tables) == 1:
-        return tables[0]
-    by_key, pooled = {}, []
-    for row in [row for rows in tables for row in rows]:
-        by_key.setdefault(key_of(row), []).append(row)
-    for rows in by_key.values():
+    groups, pooled = {}, []
+    for row in itertools.chain(*tables):
+        groups.setdefault(key_of(row), []).append(row)
+    for rows in groups.values():
+        row = dict(rows[0])
+        for name in known(rows) if len(tables) > 1 else ():
+            values = [row.get(name, math.nan) for row in rows]
+            row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
         if len(rows) == len(tables):
-            row = {name: value for name, value in rows[0].items() if not name.endswith("_sd")}
-            for name in known(rows):
-                values = [row.get(name, math.nan) for row in rows]
-                row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
             pooled.append(row)
     return pooled
 
@@ -1759,36 +1701,34 @@ def report(runs, out):
     """
     methods, ranked = {}, []
     for settings, rows in runs:
-        for samples in dict.fromkeys(row["samples"] for row in rows if row["name"] == "real"):
+        for samples in {row["samples"]: None for row in rows if row["name"] == "real"}:
             method = {name: str(settings[name]) for name in (*FIXED, "steps") if name != "seed"}
             seeds = methods.setdefault((*method.items(), ("samples", samples)), {})
             if settings["seed"] in seeds:
                 raise ValueError(f"two runs have the same settings and seed {settings['seed']}")
-            seeds[settings["seed"]] = [r for r in rows if r["samples"] in (HELD_OUT, samples)]
+            seeds[settings["seed"]] = [row for row in rows if row["samples"] in ("", samples)]
     if len({dict(method)["data"] for method in methods}) > 1:
         raise ValueError("runs on different data have no ranking; give them to --report apart")
     out.mkdir(parents=True, exist_ok=True)
     for number, (method, seeds) in enumerate(methods.items(), 1):
         rows = sorted(pool(list(seeds.values())), key=lambda row: row["step"])
-        whole = {row["step"] for row in rows if row["name"] == "raw" and row["samples"] != HELD_OUT}
-        table = [r for r in rows if r["step"] in whole and r["samples"] != HELD_OUT]
+        table = [row for row in rows if row["samples"]]
+        metrics, stages = known(table), list(dict.fromkeys(row["step"] for row in table))
         differ = ", ".join(f"{name} {value}" for name, value in method
                            if any((name, value) not in other for other in methods))
         title = f"{differ or dict(method)['samples']}; ± over " + (
             f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples")
         print(f"\n{title}")
-        if table:
-            metrics = known(table)
-            print_rows(table, ["horizon", "init_share", *metrics])
-            plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, table,
-                       [row for row in rows if row["samples"] == HELD_OUT])
-            for step in whole:
-                peers = [r for r in table if r["step"] == step and r["name"] != "real"]
-                ahead = {"step": step, "name": "best decay", "debiased": False}
-                for metric in metrics:
-                    first = best(peers, metric)
-                    ahead |= {k: first[k] for k in (metric, f"{metric}_sd") if k in first}
-                ranked += [row | {"method": differ} for row in [ahead, *peers]]
+        print_rows(table, ["horizon", "init_share", *metrics])
+        plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, table,
+                   [row for row in rows if row["samples"] == "" and row["step"] in stages])
+        for step in stages:
+            peers = [row for row in table if row["step"] == step and row["name"] != "real"]
+            ahead = {"step": step, "name": "best decay", "debiased": False}
+            for metric in metrics:
+                first = best(peers, metric)
+                ahead |= {key: first[key] for key in (metric, f"{metric}_sd") if key in first}
+            ranked += [row | {"method": differ} for row in [ahead, *peers]]
     if len(methods) > 1:
         print("\nThe methods at each decay, and each at its best one")
         places = [(row["step"], row["name"]) for row in ranked]
@@ -1799,17 +1739,6 @@ def report(runs, out):
             Panel(f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
                   "method") for field in (metrics[0], "precision", "tail_share")
             for step in sorted({row["step"] for row in ranked})])
-
-
-def write_csv(path, rows):
-    """results.csv: the rows for people, of what is a number or a text."""
-    names = dict.fromkeys(["step", "name", "init_share", "samples"])
-    names |= {name: None for row in rows for name in row if not isinstance(row[name], list)}
-    with replacing(path) as temporary, open(
-            temporary, "w", newline="", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 # ==================================================================================================
@@ -1911,31 +1840,40 @@ def resolve(given):
     settings = {name: default for name, (default, _, _) in SETTINGS.items() if name != "report"}
     settings |= PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
     out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
-    saved, run = saved_steps(out), {}
-    if saved:
-        run = load_checkpoint(saved[max(saved)])["settings"]
+    run, reached = {}, 0
+    if (out / "last.pt").exists():
+        checkpoint = load_checkpoint(out / "last.pt")
+        run, reached = checkpoint["settings"], checkpoint["step"]
         settings |= run | given
         if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
             settings["data"] = run["data"]  # in another spelling
     elif any(step for step, *_ in read_rows(out)):  # with step 0 alone it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
-    s, reached = SimpleNamespace(**settings | {"out": str(out)}), max(saved, default=0)
+    s = SimpleNamespace(**settings | {"out": str(out)})
     items = [item for text in s.decay for item in (SWEEP if text == "sweep" else [text])]
     s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
     s.decay = list(dict.fromkeys(item for item in items if item != "auto"))
     s.tracked = run.get("tracked", s.decay)
-    s.stage_steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
     if s.steps < reached or (run and s.cooldown and s.steps != run["steps"]):
         raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
                          f"{run['steps']} steps" + " with a cooldown at the end" * (s.cooldown > 0))
-    lost = [step for step in s.stage_steps if step < reached and step not in saved]
-    if lost and ("stages" in given or lost == s.stage_steps):
-        raise ValueError(f"{out} kept no checkpoint at step {lost[0]}: ask for --stages before "
+    steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
+    s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
+    if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
+        raise ValueError(f"{out} kept no checkpoint at a step of {steps}: ask for --stages before "
                          "training")
-    s.stage_steps = [step for step in s.stage_steps if step not in lost]
     s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
     s.samples += f", features {s.features}" if s.features else ""
     return s
+
+
+def finished(folder):
+    """(settings, rows) of a run that came to its end; ValueError if there is none."""
+    rows, path = read_rows(folder), folder / "last.pt"
+    run = load_checkpoint(path) if path.exists() else {}
+    if not rows or not run or run["step"] < run["settings"]["steps"]:
+        raise ValueError(f"{folder} holds no finished run; give what --out named")
+    return run["settings"] | {"data": os.path.basename(run["settings"]["data"])}, rows.values()
 
 
 def main(argv=None):
@@ -1945,33 +1883,25 @@ def main(argv=None):
         with explained("--report"):
             if given.keys() - {"out"}:
                 raise ValueError("it goes with --out alone")
-            out, runs = Path(given.get("out") or "runs/report"), []
-            for folder in folders:
-                saved, rows = saved_steps(folder), read_rows(folder)
-                settings = load_checkpoint(saved[max(saved)])["settings"] if saved else {}
-                if not rows or not saved or max(saved) < settings["steps"]:
-                    raise ValueError(f"{folder} holds no finished run; give what --out named")
-                settings["data"] = os.path.basename(settings["data"])
-                runs.append((settings, rows.values()))
-            return report(runs, out)
+            return report([*map(finished, folders)], Path(given.get("out") or "runs/report"))
     with explained("set-up"):
         run = Run(resolve(given))
     with explained(f"the run in {run.out}"):
+        s = run.settings
         run.describe()
-        for step in run.settings.stage_steps:
+        for step in s.stage_steps:
             run.train(step)
             run.evaluate()
-        run.train(run.settings.steps)
+        run.train(s.steps)
         if run.rank:
             return
-        log = [row for row in run.rows.values() if row["samples"] == ""]
-        rows = [r for r in run.rows.values() if r["samples"] in (HELD_OUT, run.settings.samples)]
-        write_csv(run.out / "results.csv", run.rows.values())
-        if log:
-            plot_curves(run.out / "curves.png", run.settings.data, log)
-            print_rows(settled(log), ["held_out_loss", "wobble", "reached", "distance_initial",
-                                      "distance_raw"])
-        report([(vars(run.settings), rows)], run.out)
+        rows = list(run.rows.values())
+        log = [row for row in rows if row["samples"] == "" and row["decay"] in ("raw", *s.tracked)]
+        write_csv(run.out / "results.csv", rows)
+        plot_curves(run.out / "curves.png", s.data, log)
+        print_rows(settled(log), ["held_out_loss", "wobble", "reached", "distance_initial",
+                                  "distance_raw"])
+        report([(vars(s), [row for row in rows if row["samples"] in ("", s.samples)])], run.out)
 
 
 if __name__ == "__main__":
