@@ -102,18 +102,6 @@ def local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def flat(parameters):
-    """Their values, under FSDP2 those of this process's shards, in one vector."""
-    return torch.cat([local(p).reshape(-1) for p in parameters])
-
-
-def cut(vector, parameters):
-    """The reverse: views of a vector in the shapes of the parameters (of their shards)."""
-    shapes = [local(p).shape for p in parameters]
-    parts = vector.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes)]
-
-
 class EMA:
     """Moving averages of a model's weights, for one decay or a few.
 
@@ -147,19 +135,17 @@ class EMA:
                             if getattr(p, "requires_grad", False) and first[id(p)] == name}
         if not self._tracked or not self._parameters:
             raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
-        groups, size = {}, 0  # of parameters, to be read at once: few calls, and within a cache
-        for p in self._parameters.values():
-            groups.setdefault((p.device, size // 2**18), []).append(p)
-            size += local(p).numel()
-        # The table: θ_0; what is pending, in an EMA m of every decay; d of every decay.
+        # The table [rows, P]: θ_0; what is pending, in an EMA m of every decay; d of every decay.
         rows = 1 + (self._pending or len(self._tracked)) + len(self._tracked)
-        self._table = flat([p]).new_zeros(rows, size, dtype=torch.float32, device=device)
-        parts = self._table.split([len(flat(group)) for group in groups.values()], dim=1)
-        self._groups = list(zip(groups.values(), parts))
-        for parameters, part in self._groups:
-            part[0] = flat(parameters)
+        own = [local(p) for p in self._parameters.values()]
+        sizes = [p.numel() for p in own]
+        device = device or own[0].device
+        self._table = torch.zeros(rows, sum(sizes), dtype=torch.float32, device=device)
         self._d, self._saved = self._table[-len(self._tracked):], {"table": self._table}
-        shapes = {name: list(local(p).shape) for name, p in self._parameters.items()}
+        parts = self._table.split(sizes, dim=1)
+        self._rows = [*zip(*(part.view(rows, *p.shape).unbind() for part, p in zip(parts, own)))]
+        torch._foreach_copy_(self._rows[0], own)
+        shapes = {name: list(p.shape) for name, p in zip(self._parameters, own)}
         self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block, **shapes}
 
     def _live(self):
@@ -187,10 +173,12 @@ class EMA:
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
         reaches = [reach(decay, self.step, n) for decay in self._tracked]
         shares = [(r[1] / r[n]).item() for r in reaches]
-        for parameters, part in self._groups:
-            x = flat(parameters).to(part) - part[0]
-            for mean, share in zip(part[1:], shares):
-                mean.lerp_(x, share)
+        own, (first, *means) = list(self._parameters.values()), self._rows
+        for i in range(0, len(own), 16):  # few calls, and in little memory
+            now = [local(p).to(first[0]) for p in own[i : i + 16]]
+            x = torch._foreach_sub(now, first[i : i + 16])
+            for mean, share in zip(means, shares):
+                torch._foreach_lerp_(mean[i : i + 16], x, share)
         if n == self.block:
             for d, mean, r in zip(self._d, self._table[1:], reaches):
                 d.lerp_(mean, r[n].item())
@@ -217,17 +205,15 @@ class EMA:
         if debias and self.step:
             row /= reach(decay, self.step, self.step)[-1]
         row[0] += 1
-        for parameters, part in self._groups:
-            total = torch.zeros_like(part[0], dtype=torch.float64)
-            for values, weight in zip(part, row.tolist()):
+        for p, *rows in zip(self._parameters.values(), *self._rows):
+            total = torch.zeros_like(rows[0], dtype=torch.float64)
+            for values, weight in zip(rows, row.tolist()):
                 if weight:
                     total.add_(values, alpha=weight)
-            for p, average in zip(parameters, cut(total, parameters)):
-                average = average.to(p.device, torch.float32)
-                if local(p) is not p:
-                    like = {"shape": p.shape, "stride": p.stride()}
-                    average = p.from_local(average, p.device_mesh, p.placements, **like)
-                averages[id(p)] = average
+            averages[id(p)] = average = total.to(p.device, torch.float32)
+            if local(p) is not p:
+                like = {"shape": p.shape, "stride": p.stride()}
+                averages[id(p)] = p.from_local(average, p.device_mesh, p.placements, **like)
         for name, value in state.items():
             if torch.is_tensor(value):
                 average = averages.get(id(value))
@@ -321,9 +307,6 @@ class EMABank(EMA):
         self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
         super().__init__(model, decays, device)
         self._table[1] = self._table[0]
-        # Views of the rows θ_b … θ_t in the parameters' shapes: cut once, since it takes time.
-        self._rows = [[view for parameters, part in self._groups
-                       for view in cut(part[1 + n], parameters)] for n in range(block + 1)]
         cached = min(2**15, 2**20 // len(self._table))  # what is folded at once fits a CPU's cache
         cached *= 1 if self._table.device.type == "cpu" else 8
         self._chunks = self._table.split(cached, dim=1)
@@ -333,8 +316,7 @@ class EMABank(EMA):
 
     def _take(self, n):
         """Keeps step n; at the end of a block d = (1 - r_n) d + r_n (θ_b - θ_0) + Σ_j r_j δ."""
-        now = [local(p) for parameters, _ in self._groups for p in parameters]
-        torch._foreach_copy_(self._rows[n], now)
+        torch._foreach_copy_(self._rows[1 + n], [local(p) for p in self._parameters.values()])
         if n < self.block:
             return
         reaches = torch.stack([reach(decay, self.step, n) for decay in self._tracked])  # [K, n + 1]

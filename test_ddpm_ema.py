@@ -173,9 +173,9 @@ def test_float64_oracle_over_100000_steps(steps=100_000):
 def test_thirty_random_cases(case):
     """Whatever comes together, also on a GPU: the recursion. By the section when pasted alone."""
     section = Path(ddpm_ema.__file__).read_text().split("# EMA\n")[1].split("# Noise sched")[0]
-    section, found = re.subn(r"2\*\*1[58]", "2**5", section)  # groups and chunks: here many
+    section, found = re.subn(r"2\*\*15", "2**5", section)  # chunks of a fold: here many
     exec(section, pasted := {"__name__": "alone"})  # noqa: S102
-    assert found == 2
+    assert found == 1
     torch.manual_seed(case)
     choice = random.Random(case).choice
     device = choice(["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -535,7 +535,7 @@ def test_glyphs_have_known_modes():
     """Labels name what is drawn, and all of 36 come, the r-th with a share ~ 1/r."""
     data, canvas = load_data("glyphs"), np.zeros((36, 32, 32))
     assert data.images.shape[1:] == (1, 16, 16) and len(data.names) == 36
-    share = data.labels.bincount() / len(data)
+    share = data.labels.bincount() / len(data.labels)
     np.testing.assert_allclose(share, (z := 1 / np.arange(1, 37)) / z.sum(), rtol=0.2)
     font = FT2Font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf")
     font.set_size(28, 72)
