@@ -173,9 +173,9 @@ class EMA:
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
         reaches = [reach(decay, self.step, n) for decay in self._tracked]
         shares = [(r[1] / r[n]).item() for r in reaches]
-        own, (first, *means) = list(self._parameters.values()), self._rows
-        for i in range(0, len(own), 16):  # few calls, and in little memory
-            now = [local(p).to(first[0]) for p in own[i : i + 16]]
+        parameters, (first, *means) = [*self._parameters.values()], self._rows
+        for i in range(0, len(first), 16):  # few calls, and in little memory
+            now = [local(p).to(first[0]) for p in parameters[i : i + 16]]
             x = torch._foreach_sub(now, first[i : i + 16])
             for mean, share in zip(means, shares):
                 torch._foreach_lerp_(mean[i : i + 16], x, share)
@@ -206,18 +206,15 @@ class EMA:
             row /= reach(decay, self.step, self.step)[-1]
         row[0] += 1
         for p, *rows in zip(self._parameters.values(), *self._rows):
-            total = torch.zeros_like(rows[0], dtype=torch.float64)
-            for values, weight in zip(rows, row.tolist()):
-                if weight:
-                    total.add_(values, alpha=weight)
-            averages[id(p)] = average = total.to(p.device, torch.float32)
+            average = sum(weight * x.double() for weight, x in zip(row.tolist(), rows) if weight)
+            averages[id(p)] = average = average.to(p.device, torch.float32)
             if local(p) is not p:
-                like = {"shape": p.shape, "stride": p.stride()}
-                averages[id(p)] = p.from_local(average, p.device_mesh, p.placements, **like)
+                averages[id(p)] = p.from_local(average, p.device_mesh, p.placements,
+                                               shape=p.shape, stride=p.stride())
         for name, value in state.items():
             if torch.is_tensor(value):
-                average = averages.get(id(value))
-                state[name] = value.detach().clone() if average is None else average
+                own = id(value) not in averages
+                state[name] = value.detach().clone() if own else averages[id(value)]
         return state
 
     @contextlib.contextmanager
