@@ -1510,9 +1510,8 @@ class Run:
              f"UNet of {count:,} parameters on {self.world} x {self.device.type}, seed {s.seed}")
         for decay in s.decay:
             log = log_decays(decay, torch.arange(1, s.steps + 1, dtype=torch.float64))
-            show(f"EMA {decay}: at the end a horizon of {-1 / math.expm1(log[-1]):,.0f} steps, a "
-                 f"half-life of {-math.log(2) / log[-1] * s.batch_size:,.0f} images, an init share "
-                 f"of {log.sum().exp():.2g}")
+            show(f"EMA {decay}: init share {log.sum().exp():.2g} and horizon "
+                 f"{-1 / math.expm1(log[-1]):,.0f} steps at the end")
         show(f"{s.samples} at steps {', '.join(map(str, s.stage_steps))}; all in {self.out}")
 
 
