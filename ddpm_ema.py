@@ -17,19 +17,15 @@ An exponential moving average follows the weights theta_t of step t with a decay
 
 It averages over a horizon of 1 / (1 - beta) steps and still gives theta_0 the init share beta^t.
 Measured after 3,600 steps, one seed: the Fréchet distance to the data is 8.8 with the raw weights,
-3.3 with decay 0.99 and 4.3 with 0.999.
-The network learns to undo x_t = alpha_t x0 + sigma_t eps (Ho et al. 2020, arXiv:2006.11239); the
-same noise is then turned into images by the raw and by the averaged weights.
-
-The sections EMA, Noise schedules and UNet each run when pasted alone into an empty file.
+3.3 with decay 0.99 and 4.3 with 0.999. The network learns to undo x_t = alpha_t x0 + sigma_t eps
+(Ho et al. 2020, arXiv:2006.11239); the same noise is then turned into images by raw and averaged
+weights. The sections EMA, Noise schedules and UNet each run when pasted alone into an empty file.
 """
 
 # ==================================================================================================
 # EMA
 # ==================================================================================================
-# Of the weights θ_t after optimizer step t, with a decay β_t that may depend on the step:
-#
-#     e_t = β_t e_{t-1} + (1 - β_t) θ_t,    e_0 = θ_0 (the initial weights).
+# e_t = β_t e_{t-1} + (1 - β_t) θ_t of the weights θ_t after optimizer step t; e_0 = θ_0.
 #
 # Everything is said in reaches: r_n = 1 - Π_{i>t-n} β_i is the weight that e_t gives to the last
 # n steps. With x_t = θ_t - θ_0 and δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is
@@ -110,13 +106,10 @@ class EMA:
     (register_step_post_hook): steps that the scaler skips do not count. No call communicates: under
     DistributedDataParallel rank 0 has the averages, under FSDP2 every rank those of its shards.
 
-    model   any module; averaged, in float32, is what requires a gradient when this is built. A
-            later change of that, or of the parameters, is a ValueError that names one
-    decays  one or more of 0 <= decay < 1, "step", "ramp:0.9999", "halflife:2000", "power:0.10", see
-            `log_decays`; the first is what the methods take for None
-    device  where the averages are kept; None: where the parameters are
-
-    Memory: 2 K + 1 float32 copies of what is averaged, K decays.
+    model   what requires a gradient in it now is averaged; a later change of that is a ValueError
+    decays  one or more of 0 <= decay < 1, "step", "ramp:0.9999", "halflife:2000", "power:0.10"; the
+            first is what the methods take for None
+    device  where the averages are kept, 2 K + 1 float32 copies; None: where the parameters are
     """
 
     block, ladder, _pending = 256, [], None  # a shorter block rounds d more often, a longer one m
@@ -139,8 +132,7 @@ class EMA:
         rows = 1 + (self._pending or len(self._tracked)) + len(self._tracked)
         own = [local(p) for p in self._parameters.values()]
         sizes = [p.numel() for p in own]
-        device = device or own[0].device
-        self._table = torch.zeros(rows, sum(sizes), dtype=torch.float32, device=device)
+        self._table = own[0].new_zeros(rows, sum(sizes), dtype=torch.float32, device=device)
         self._d, self._saved = self._table[-len(self._tracked):], {"table": self._table}
         parts = self._table.split(sizes, dim=1)
         self._rows = [*zip(*(part.view(rows, *p.shape).unbind() for part, p in zip(parts, own)))]
@@ -196,8 +188,7 @@ class EMA:
     def weights(self, decay=None, debias=False):
         """The averages (float32) and all else of the model, named as in the bare state_dict().
 
-        debias takes the initial weights out. Names have no "module." of DistributedDataParallel and
-        no "_orig_mod." of torch.compile; under FSDP2 averages are DTensors, as the model's are.
+        debias takes the initial weights out. Under FSDP2 averages are DTensors, as the model's are.
         """
         state, averages = self._live(), {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
@@ -207,10 +198,8 @@ class EMA:
         row[0] += 1
         for p, *rows in zip(self._parameters.values(), *self._rows):
             average = sum(weight * x.double() for weight, x in zip(row.tolist(), rows) if weight)
-            averages[id(p)] = average = average.to(p.device, torch.float32)
-            if local(p) is not p:
-                averages[id(p)] = p.from_local(average, p.device_mesh, p.placements,
-                                               shape=p.shape, stride=p.stride())
+            averages[id(p)] = torch.empty_like(p, dtype=torch.float32)  # a DTensor where p is one
+            local(averages[id(p)]).copy_(average)
         for name, value in state.items():
             if torch.is_tensor(value):
                 own = id(value) not in averages
@@ -271,30 +260,25 @@ LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 15) for rung in range(16))  # 1 - decay
 
 
 @contextlib.contextmanager
-def full_precision():
+def full_precision(switch):
     """Products inside are of float32, also where a training script allows TF32."""
-    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    found = [switch.fp32_precision for switch in switches]
+    found, every = switch.fp32_precision, torch.backends.fp32_precision
+    switch.fp32_precision = "ieee"
     try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
         yield
     finally:
-        for switch, precision in zip(switches, found):
-            follows = precision == torch.backends.fp32_precision  # the switch for all products
-            switch.fp32_precision = "none" if follows else precision
+        switch.fp32_precision = "none" if found == every else found  # "none" follows `every`
 
 
 class EMABank(EMA):
     """Averages for many decays at the price of one, and for any decay afterwards.
 
     As `EMA`, but the steps of a block are kept, and one product folds them into all averages.
+    Memory: K + block + 2 float32 copies, K counting the ladder. Needs torch 2.9 or later.
 
     ladder  constant decays that are averaged as well, so that every decay and schedule between
             them can be read out, wrong by at most `error_bound`; None for none
     block   steps that are folded at once: a longer one rounds less often and is faster
-
-    Memory: K + block + 2 float32 copies, K counting the ladder. Needs torch 2.9 or later.
     """
 
     def __init__(self, model, decays=0.999, ladder=LADDER, block=16, device=None):
@@ -324,13 +308,14 @@ class EMABank(EMA):
         wobble = 2**-21 * (self.step / n * 0.6180339887 % 1 - 0.5) * (1 - share)
         share = share - wobble.clamp(-share / 2, share / 2)
         mix, share = (mix / share).to(self._table), share.to(self._table)
-        with full_precision():  # and with out=, which autocast leaves alone
+        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        with full_precision(cuda), full_precision(cpu):
             for chunk in self._chunks:
                 moves, mean = self._scratch[:, : chunk.shape[1]].split([n + 1, len(mix)])
                 torch.sub(chunk[1 : n + 2], chunk[: n + 1], out=moves)  # θ_b - θ_0, δ_1 … δ_n
                 steps = moves[1:].reshape(-1)
                 self._path += torch.dot(steps, steps)
-                torch.mm(mix, moves, out=mean)
+                torch.mm(mix, moves, out=mean)  # autocast leaves alone what has an out=
                 chunk[n + 2 :].lerp_(mean, share)
         self._table[1] = self._table[n + 1]
 
@@ -664,13 +649,13 @@ import functools
 import gzip
 import itertools
 import json
+import operator
 import os
 import sys
 import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import matplotlib
 import matplotlib.image
@@ -727,18 +712,15 @@ class Dataset:
             self.labels, self.num_classes = torch.from_numpy(labels), len(values)
             self.names = [str(value) if names is None else names[value] for value in values]
 
-    def part(self, index, device):
-        """The data set of some images, on a device."""
-        part = copy.copy(self)
-        part.images = self.images[index].to(device)
-        part.labels = None if self.labels is None else self.labels[index].to(device)
-        return part
-
     def split(self, device):
         """Training and held-out part: a fifth is held out, at most 4,096, always the same."""
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
-        held_out = min(len(order) // 5, 4096)
-        return self.part(order[held_out:], device), self.part(order[:held_out], device)
+        held_out, parts = min(len(order) // 5, 4096), (copy.copy(self), copy.copy(self))
+        for part, index in zip(parts, (order[held_out:], order[:held_out])):
+            part.images = self.images[index].to(device)
+            if self.labels is not None:
+                part.labels = self.labels[index].to(device)
+        return parts
 
     def x0(self, index):
         """Images as the network sees them, [B, C, H, W] float32."""
@@ -748,8 +730,7 @@ class Dataset:
 
     def batches(self, count):
         """Yields x0 [<=256, C, H, W] of the first `count` images."""
-        for index in torch.arange(min(count, len(self.images))).split(256):
-            yield self.x0(index)
+        return map(self.x0, torch.arange(min(count, len(self.images))).split(256))
 
     def round(self, x0):
         """What x0 becomes when it is stored as an image: floats stay as they are."""
@@ -797,8 +778,7 @@ def read_pictures(files):
         image = image[:, :, :1 if image.shape[2] < 3 else 3]  # no transparency
         peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
         images.append((image * (255 / peak)).round().astype(np.uint8))
-    channels = max(image.shape[2] for image in images)  # grey among colour becomes colour
-    images = np.stack([np.broadcast_to(i, (*i.shape[:2], channels)) for i in images])
+    images = np.stack(np.broadcast_arrays(*images))  # grey among colour becomes colour
     folders, labels = np.unique([str(path.parent) for path in files], return_inverse=True)
     names = [Path(folder).name for folder in folders]
     return images.transpose(0, 3, 1, 2), labels if len(names) > 1 else None, names
@@ -829,9 +809,8 @@ def load_data(source):
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
             images, labels = file["images"], file.get("labels")
-        _, *sizes = images.shape  # channels are last where the others agree, or where they are least
-        last = len(sizes) == 3 and (sizes[0] == sizes[1] != sizes[2]
-                                    or sizes[1] != sizes[2] < sizes[0])
+        _, a, b, c = images.shape  # channels are last if the others agree, or if they are fewest
+        last = a == b != c or b != c < a
         return Dataset(images.transpose(0, 3, 1, 2) if last else images, labels)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     pictures = [file for file in files if file.suffix.lower() in (
@@ -860,12 +839,11 @@ class Classifier(nn.Module):
 
     def __init__(self, channels, num_classes):
         super().__init__()
-        layers, c = [], channels
-        for width, stride in ((32, 1), (64, 2), (128, 2)):
-            layers += [nn.Conv2d(c, width, 3, stride, 1), norm(width), nn.ReLU()]
-            c = width
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                                      nn.Linear(4 * c, 64), nn.ReLU())
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, 1, 1), norm(32), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 2, 1), norm(64), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, 2, 1), norm(128), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU())
         self.logits = nn.Linear(64, num_classes)
 
     def forward(self, x):
@@ -874,15 +852,11 @@ class Classifier(nn.Module):
 
 
 def train_classifier(net, data, num_steps=500, batch_size=128):
-    """Trains a Classifier on the data, to the same one for every seed and method.
+    """Trains a Classifier on the data.
 
     Classes are drawn equally often, so that rare ones are read as well as frequent ones. Where
     there are no labels it learns by how many quarter turns an image was rotated.
     """
-    torch.manual_seed(0)
-    for layer in net.modules():
-        if hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
     weight = torch.ones(len(data.images))
     if data.labels is not None:
         weight = 1 / data.labels.bincount()[data.labels]
@@ -893,7 +867,8 @@ def train_classifier(net, data, num_steps=500, batch_size=128):
         x0 = data.x0(index)  # [B, C, H, W]
         if data.labels is None:
             label = torch.arange(batch_size) % data.num_classes
-            x0 = torch.stack([x.rot90(k * 4 // data.num_classes, (1, 2)) for k, x in zip(label, x0)])
+            turns = label * (4 // data.num_classes)
+            x0 = torch.stack([x.rot90(k, (1, 2)) for k, x in zip(turns.tolist(), x0)])
         else:
             label = data.labels[index]
         optimizer.zero_grad()
@@ -997,6 +972,7 @@ def measure(features, probs, real, num_bootstrap=20):
 BETTER = {  # 1: lower is better, -1: higher, 0: nearer to 1
     "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
     "covered_modes": -1, "legible": -1, "held_out_loss": 1}
+key_of = operator.itemgetter("step", "name", "samples")
 
 
 @contextlib.contextmanager
@@ -1008,10 +984,6 @@ def replacing(path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def key_of(row):
-    return row["step"], row["name"], row["samples"]
 
 
 def read_rows(folder):
@@ -1030,8 +1002,7 @@ def write_csv(path, rows):
     """results.csv: the rows for people, of what is a number or a text."""
     names = dict.fromkeys(["step", "name", "init_share", "samples"])
     names |= {name: None for row in rows for name in row if not isinstance(row[name], list)}
-    with replacing(path) as temporary, open(
-            temporary, "w", newline="", errors="backslashreplace") as file:
+    with replacing(path) as draft, draft.open("w", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -1092,9 +1063,7 @@ def cell(row, field):
 
 
 def print_table(header, lines, keys=2):
-    """Prints texts as Markdown, at most 120 columns wide: what does not fit goes on in another
-    table below, with the first `keys` columns again.
-    """
+    """Prints texts as Markdown tables of at most 120 columns, all with the first `keys`."""
     widths = [max(3, *map(len, column)) for column in zip(header, *lines)]
     tables = [[*range(keys)]]
     for i in range(keys, len(header)):
@@ -1107,13 +1076,11 @@ def print_table(header, lines, keys=2):
             print("| " + " | ".join(line[i].ljust(widths[i]) for i in table) + " |")
 
 
-def print_rows(rows, fields, within=("step",), keys=("step", "name")):
-    """A table of rows. Bold among those that agree in `within`: the best, and what is not clearly
-    worse than it.
-    """
+def print_rows(rows, fields, keys=("step", "name")):
+    """A table; bold, of rows that differ in the last key: the best, and the not clearly worse."""
     lines = []
     for row in rows:
-        peers = [r for r in rows if all(r[k] == row[k] for k in within) and r["name"] != "real"]
+        peers = [r for r in rows if all(r[k] == row[k] for k in keys[:-1]) and r["name"] != "real"]
         lines.append([cell(row, field) for field in (*keys, *fields)])
         for column, field in enumerate(fields, len(keys)):
             if field in BETTER and row in peers and not clearly(best(peers, field), row, field):
@@ -1126,9 +1093,8 @@ def print_rows(rows, fields, within=("step",), keys=("step", "name")):
 # ==================================================================================================
 
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
-# What a run cannot change half-way.
-FIXED = ("preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective",
-         "schedule")
+FIXED = (  # what a run cannot change half-way
+    "preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective", "schedule")
 INIT, TRAIN, SAMPLE = range(3)  # streams of random numbers
 CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
     "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
@@ -1137,12 +1103,9 @@ CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round n
 
 def show(text, keep=True):
     """One live line on a terminal, which stays if `keep`; elsewhere only the lines that stay."""
-    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks
-        return
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
-    elif keep:
-        print(text, flush=True)
+    live = sys.stdout.isatty()
+    if (live or keep) and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        print("\r\033[K" * live + text, end="\n" if keep else "", flush=True)
 
 
 def stop(message):
@@ -1215,12 +1178,10 @@ class Run:
     def __init__(self, settings):
         s = self.settings = settings
         self.out, self.step, self.saved = Path(s.out), 0, -1
-        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun starts several processes
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(self.device)
+        self.rank, self.world = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if self.world > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         with explained(f"--data {s.data}"):
@@ -1236,9 +1197,10 @@ class Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr, fused=True)
         self.ema, self.initial = EMABank(self.model, s.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
-        self.classifier = Classifier(data.images.shape[1], data.num_classes)
         self.rows = read_rows(self.out)
         self.check()
+        torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
+        self.classifier = Classifier(data.images.shape[1], data.num_classes)
         if (self.out / "last.pt").exists():
             self.load("last.pt")
             self.saved = self.step
@@ -1344,10 +1306,9 @@ class Run:
     def save(self, names):
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {"step": self.step, "running": self.running, "settings": vars(self.settings)}
-        if self.rank == 0:
-            for name in names:
-                with replacing(self.out / name) as temporary:
-                    torch.save(state, temporary)
+        for name in names if self.rank == 0 else ():
+            with replacing(self.out / name) as temporary:
+                torch.save(state, temporary)
         if self.world > 1:
             distributed.barrier()
         self.saved = self.step
@@ -1376,25 +1337,10 @@ class Run:
             return contextlib.nullcontext()
         return self.ema.applied(name.removesuffix(" debiased"), debias=name.endswith("debiased"))
 
-    def row(self, name, samples):
-        """What every row says: whose weights, and what their decay means at this step."""
-        decay = name.removesuffix(" debiased")
-        row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
-               "debiased": decay != name}
-        if name == "raw":
-            row["horizon"] = 1.0
-        elif name != "real":
-            row["init_share"] = self.ema.init_share(decay)
-        if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
-            log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
-            row |= {"horizon": -1 / math.expm1(log),
-                    "half_life_images": -math.log(2) / log * self.settings.batch_size}
-        return row
-
     @torch.no_grad()
     def held_out_loss(self, num_images=256):
         """Mean loss on fixed images, noise and times spread evenly over 0..T-1."""
-        x0 = torch.cat([*self.held_out.batches(num_images)])
+        x0 = self.held_out.x0(slice(num_images))
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
         t = torch.linspace(0, self.diffusion.num_steps - 1, len(x0), device=x0.device)
         parts = zip(*(part.split(128) for part in (x0, t.round().long(), eps)))
@@ -1415,14 +1361,12 @@ class Run:
 
     def features(self, batches, what):
         """Features [N, D] and class probabilities [N, K] of batches of x0."""
-        features, probs, count = [], [], 0
+        pairs = []
         for x0 in batches:
-            own, prob = self.classifier(x0)
-            features.append(self.features_of(x0) if self.settings.features else own)
-            probs.append(prob)
-            count += len(x0)
-            show(f"step {self.step}, {what}: {count} images", keep=False)
-        return torch.cat(features), torch.cat(probs)
+            own, probs = self.classifier(x0)
+            pairs.append((self.features_of(x0) if self.settings.features else own, probs))
+            show(f"step {self.step}, {what}: batch {len(pairs)}", keep=False)
+        return [torch.cat(parts) for parts in zip(*pairs)]
 
     @functools.cached_property
     def reference(self):
@@ -1437,7 +1381,18 @@ class Run:
 
     def measured(self, name, samples):
         """The row of some weights: their losses and distances, and how good their samples are."""
-        raw, row = self.vector(), self.row(name, samples)
+        raw = self.vector()
+        decay = name.removesuffix(" debiased")
+        row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
+               "debiased": decay != name}
+        if name == "raw":
+            row["horizon"] = 1.0
+        elif name != "real":
+            row["init_share"] = self.ema.init_share(decay)
+        if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
+            log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
+            row |= {"horizon": -1 / math.expm1(log),
+                    "half_life_images": -math.log(2) / log * self.settings.batch_size}
         with self.weights(name):
             if name != "real":
                 row["held_out_loss"] = self.held_out_loss()
@@ -1482,12 +1437,10 @@ class Run:
         """Adds the rows that the table lacks at this step, and draws the first samples."""
         s, step = self.settings, self.step
         self.complete(self.names([*CANDIDATES, *s.decay]), "")
-        names = ["real", *self.names(s.decay)]
+        names = dict.fromkeys(["real", *self.names(s.decay)])
         if s.auto:
-            losses = [row for row in self.rows.values() if row["step"] == step
-                      and row["samples"] == "" and row["decay"] in CANDIDATES]
-            names.append(best(losses, "held_out_loss")["name"])
-        names = list(dict.fromkeys(names))
+            averages = [self.rows[step, name, ""] for name in self.names(CANDIDATES)[1:]]
+            names[best(averages, "held_out_loss")["name"]] = None
         lacks = any((step, name, s.samples) not in self.rows for name in names)
         self.complete(names, s.samples)
         rows, images = [self.rows[step, name, s.samples] for name in names], []
@@ -1525,25 +1478,16 @@ NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay", "step": "t
 TICKS = (0, 0.5, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999, 0.99999, 0.999999)
 
 
-class Panel(NamedTuple):
-    """y of the rows against x, a line for each value of `by`, through its rows along a field."""
+def draw_panel(axis, title, rows, x, y, by):
+    """y of the rows against x, a line for each value of `by`, along the steps or the decays.
 
-    title: str
-    rows: list
-    x: str
-    y: str
-    by: str
-    along: str = "horizon"
-
-
-def draw_panel(axis, panel):
-    """Raw is black, all else a ramp from light to dark; debiased averages are dashed, spreads a
-    band, real images a dotted line. Rows that lack a value are left out.
+    Raw is black, all else a ramp from light to dark; debiased averages are dashed, spreads a band,
+    real images a dotted line. Rows that lack a value are left out.
     """
-    title, rows, x, y, by, along = panel
     lines = {}  # (value of by, debiased) -> rows
-    for row in sorted((r for r in rows if None not in (r.get(x), r.get(y), r.get(along))),
-                      key=lambda row: row[along]):
+    along = "step" if by in ("decay", "metric") else "horizon"
+    shown = [row for row in rows if None not in (row.get(x), row.get(y), row.get(along))]
+    for row in sorted(shown, key=lambda row: row[along]):
         lines.setdefault((row[by], row["debiased"]), []).append(row)
     groups = [g for g in dict.fromkeys(r[by] for r in rows) if g not in ("raw", "real")]
     for (group, debiased), line in lines.items():
@@ -1561,14 +1505,15 @@ def draw_panel(axis, panel):
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y.replace("_", " ")))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=8)
     for side, field in ((axis.xaxis, x), (axis.yaxis, y)):
         if field in ("fd", "fid", "held_out_loss", "horizon"):
             axis.set(**{f"{side.axis_name}scale": "log"})
         if field == "horizon":  # marked with the decays
             low, high = side.get_view_interval()
             ticks = [decay for decay in TICKS if low <= 1 / (1 - decay) <= high]
-            side.set_ticks([1 / (1 - decay) for decay in ticks], minor=False, fontsize=8,
-                           labels=[f"{decay:g}" if decay else "raw" for decay in ticks], rotation=30)
+            side.set_ticks([1 / (1 - decay) for decay in ticks], fontsize=8, rotation=30,
+                           labels=[f"{decay:g}" if decay else "raw" for decay in ticks])
             side.set_ticks([], minor=True)
         elif field == "held_out_loss":
             side.set_major_formatter("{x:g}")
@@ -1577,16 +1522,12 @@ def draw_panel(axis, panel):
 
 def draw(path, title, panels):
     """A picture of panels, at most three in a row."""
-    panels = [panel for panel in panels if any(panel.y in row for row in panel.rows)]
+    panels = [panel for panel in panels if any(panel[3] in row for row in panel[1])]  # has it y?
     columns, lines = min(3, len(panels)), -(-len(panels) // 3)
     figure = Figure(figsize=(5.2 * columns, 3.9 * lines + 0.3), layout="constrained")
     figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels):
-        draw_panel(axis, panel)
-        axis.legend(frameon=False, fontsize=8)
-    for axis in axes[len(panels):]:
-        axis.set_axis_off()
+    for place, panel in enumerate(panels, 1):
+        draw_panel(figure.add_subplot(lines, columns, place), *panel)
     save(figure, path)
 
 
@@ -1605,10 +1546,10 @@ def plot_curves(path, title, rows):
     raw = {row["step"]: row["held_out_loss"] for row in rows if row["name"] == "raw"}
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]
             and row["held_out_loss"] < 1.2 * raw[row["step"]]]
-    draw(path, title, [Panel(text, shown, x, y, "decay", "step") for text, shown, x, y in (
-        ("Averages lag at first", rows, "step", "held_out_loss"),
-        ("then they are ahead: the last quarter", late, "step", "held_out_loss"),
-        ("Raw weights wander, averages cut through", plain, "east", "north"))])
+    draw(path, title, [
+        ("Averages lag at first", rows, "step", "held_out_loss", "decay"),
+        ("then they are ahead: the last quarter", late, "step", "held_out_loss", "decay"),
+        ("Raw weights wander, averages cut through", plain, "east", "north", "decay")])
 
 
 def plot_sweep(path, title, rows, losses):
@@ -1619,11 +1560,11 @@ def plot_sweep(path, title, rows, losses):
             peers = [r for r in rows if r["step"] == step and "horizon" in r]
             leaders.append(best(peers, metric) | {"metric": metric, "debiased": False})
     draw(path, title, [
-        Panel("How far samples are from the data", rows, "horizon", known(rows)[0], "step"),
-        Panel("Quality against variety, along the decays", rows, "recall", "precision", "step"),
-        Panel("Whether rare modes starve", rows, "horizon", "tail_share", "step"),
-        Panel("The loss that --decay auto goes by", losses, "horizon", "held_out_loss", "step"),
-        Panel("The best decay at each stage", leaders, "step", "horizon", "metric", "step")])
+        ("How far samples are from the data", rows, "horizon", known(rows)[0], "step"),
+        ("Quality against variety, along the decays", rows, "recall", "precision", "step"),
+        ("Whether rare modes starve", rows, "horizon", "tail_share", "step"),
+        ("The loss that --decay auto goes by", losses, "horizon", "held_out_loss", "step"),
+        ("The best decay at each stage", leaders, "step", "horizon", "metric")])
 
 
 def plot_samples(path, rows, images):
@@ -1634,8 +1575,7 @@ def plot_samples(path, rows, images):
     axis = left.subplots()
     axis.axhline(raw[metric], color="black", lw=1.3, label="raw weights")
     averages = [row | {"of": "averages (dashed: debiased)"} for row in rows]
-    draw_panel(axis, Panel("What the decay does", averages, "horizon", metric, "of"))
-    axis.legend(frameon=False, fontsize=8)
+    draw_panel(axis, "What the decay does", averages, "horizon", metric, "of")
     axes = right.subplots(len(rows), squeeze=False)[:, 0]
     for axis, row, x0 in zip(axes, rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1]  # of latents the first channel
@@ -1654,28 +1594,21 @@ def plot_samples(path, rows, images):
 
 
 def pool(tables):
-    """Rows that all tables have, of runs that differ in their seed: means, and standard deviations
-    over the seeds; those of a single run keep their own spreads.
-    """
-    groups, pooled = {}, []
-    for row in itertools.chain(*tables):
-        groups.setdefault(key_of(row), []).append(row)
-    for rows in groups.values():
-        row = dict(rows[0])
-        for name in known(rows) if len(tables) > 1 else ():
-            values = [row.get(name, math.nan) for row in rows]
+    """Rows that all tables {key: row} have: means and standard deviations over them, if several."""
+    pooled = [dict(row) for key, row in tables[0].items() if all(key in table for table in tables)]
+    for row in pooled if len(tables) > 1 else ():
+        peers = [table[key_of(row)] for table in tables]
+        for name in known(peers):
+            values = [peer.get(name, math.nan) for peer in peers]
             row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
-        if len(rows) == len(tables):
-            pooled.append(row)
     return pooled
 
 
 def report(runs, out):
-    """Tables and pictures of runs, (settings, rows) each.
+    """Tables and pictures of runs, (settings, rows) each; ValueError where they have no ranking.
 
     Those that differ in their seed are one method, whose table has means and spreads over seeds.
-    Several methods are ranked at each decay, and each at its best one. ValueError where runs
-    cannot be compared.
+    Several methods are ranked at each decay, and each at its best one.
     """
     methods, ranked = {}, []
     for settings, rows in runs:
@@ -1684,7 +1617,7 @@ def report(runs, out):
             seeds = methods.setdefault((*method.items(), ("samples", samples)), {})
             if settings["seed"] in seeds:
                 raise ValueError(f"two runs have the same settings and seed {settings['seed']}")
-            seeds[settings["seed"]] = [row for row in rows if row["samples"] in ("", samples)]
+            seeds[settings["seed"]] = {key_of(r): r for r in rows if r["samples"] in ("", samples)}
     if len({dict(method)["data"] for method in methods}) > 1:
         raise ValueError("runs on different data have no ranking; give them to --report apart")
     out.mkdir(parents=True, exist_ok=True)
@@ -1712,10 +1645,10 @@ def report(runs, out):
         places = [(row["step"], row["name"]) for row in ranked]
         ranked = [row for row, place in zip(ranked, places) if places.count(place) > 1]
         ranked.sort(key=lambda row: (row["step"], row["name"] != "best decay", row["name"]))
-        print_rows(ranked, metrics, ("step", "name"), ("step", "name", "method"))
+        print_rows(ranked, metrics, ("step", "name", "method"))
         draw(out / "report.png", "The methods beside each other", [
-            Panel(f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
-                  "method") for field in (metrics[0], "precision", "tail_share")
+            (f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
+             "method") for field in (metrics[0], "precision", "tail_share")
             for step in sorted({row["step"] for row in ranked})])
 
 
@@ -1723,15 +1656,14 @@ def report(runs, out):
 # Command line
 # ==================================================================================================
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high):
     """A reader of numbers of this kind from low to high."""
     def read(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and kind(text) != math.inf:
+            if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; give {'a whole number' if kind is int else 'a number'} "
-            f"from {low}" + f" to {high}" * (high < math.inf))
+        allowed = f"a {'whole number' if kind is int else 'number'} from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {allowed}")
     return read
 
 
@@ -1747,21 +1679,18 @@ def several(read):
 
 COUNT = number(int, 1, 10**8)
 SETTINGS = {  # flag: (default, what it is, a reader of its text or the names that it may be)
-    "decay": (["0.999"], ("EMA decays, separated by commas: 0 to 1; step, the plain mean; "
-               "ramp:0.9999; halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to "
-               "0.999999; auto, that of the lowest held-out loss at each stage"),
+    "decay": (["0.999"], ("EMA decays, with commas: 0 to 1; step, the plain mean; ramp:0.9999; "
+               "halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to 0.999999; "
+               "auto, that of the lowest held-out loss at each stage"),
               several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
-    "data": ("glyphs", ("glyphs, mnist, fashion, cifar10; a folder of idx files or of images, "
-                        "classes in sub-folders; an .npz with `images`, perhaps `labels`"), str),
+    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz", str),
     "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
     "steps": (3600, "optimizer steps; more than a finished run has trains it on", COUNT),
-    "stages": ([1.0], "fractions of the run at which everything is evaluated",
-               several(number(float, 1e-9, 1))),
+    "stages": ([1.0], "fractions of the run to evaluate at", several(number(float, 1e-9, 1))),
     "batch_size": (32, "images per optimizer step, over all processes", COUNT),
-    "lr": (1e-3, "learning rate of Adam, after a linear warm-up", number(float, 0)),
-    "cooldown": (0.0, "last fraction of the steps, over which the learning rate falls to 0",
-                 number(float, 0, 1)),
-    "seed": (0, "of the initial weights, data order, noise and samples", number(int, 0)),
+    "lr": (1e-3, "learning rate of Adam, after a linear warm-up", number(float, 0, 1e38)),
+    "cooldown": (0.0, "last fraction of the steps: the rate falls to 0", number(float, 0, 1)),
+    "seed": (0, "of initial weights, data order, noise and samples", number(int, 0, 10**18)),
     "objective": ("v", "what the network predicts: noise, data, velocity", Diffusion.OBJECTIVES),
     "schedule": ("cosine", "of the noise; flow: the path of flow matching", Diffusion.SCHEDULES),
     "sampler": ("dpm++", "ancestral, deterministic, or DPM-Solver++(2M)", tuple(SAMPLERS)),
@@ -1769,11 +1698,9 @@ SETTINGS = {  # flag: (default, what it is, a reader of its text or the names th
     "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
     "save_every": (500, "steps between checkpoints", COUNT),
     "log_every": (100, "steps between rows of the log", COUNT),
-    "features": ("", ("TorchScript file, uint8 [N, 3, H, W] to features, such as Inception; the "
-                      "Frechet distance is then called fid"), str),
+    "features": ("", "TorchScript file, uint8 [N, 3, H, W] to features: fid instead of fd", str),
     "preset": ("small", "cifar10: the DDPM paper's network and training", ("small", "cifar10")),
-    "report": ((), ("finished runs (folders) to compare, seeds pooled and others ranked, instead "
-                    "of training; goes with --out alone"), Path),
+    "report": ((), "finished runs (folders) to compare; goes with --out alone", Path),
 }
 PRESETS = {
     "small": {"warmup": 100, "flip": False, "network": {}},  # minutes on two CPU cores
@@ -1789,18 +1716,13 @@ SWEEP = ["0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", 
 
 
 def read_flags(flags, doc, argv=None):
-    """{name: value} of the flags that are given; `flags` are like SETTINGS.
-
-    A reader makes a value of a text, or raises an ArgumentTypeError that says what it takes. A
-    flag whose default is () takes several values.
-    """
+    """{name: value} of what is given; `flags` are like SETTINGS, a default () takes several."""
     parser = argparse.ArgumentParser(
         description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop  # one line instead of argparse's usage text
     for name, (default, text, read) in flags.items():
-        takes = {"choices": read} if isinstance(read, tuple) else {"type": read,
-                                                                   "metavar": name.upper()}
+        takes = {"choices": read} if isinstance(read, tuple) else {"type": read}
         default = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} [{default}]",
                             nargs="+" if default == () else None, **takes)
@@ -1811,10 +1733,7 @@ def read_flags(flags, doc, argv=None):
 
 
 def resolve(given):
-    """The settings of a run: what is given, over those of the run in --out, over the preset's.
-
-    ValueError, in one line, where they do not fit together.
-    """
+    """The settings of a run: what is given, over those of the run in --out, over the preset's."""
     settings = {name: default for name, (default, _, _) in SETTINGS.items() if name != "report"}
     settings |= PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
     out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
