@@ -1033,21 +1033,22 @@ def clearly(better, worse, metric):
 def settled(log):
     """The last rows of the log, and how the held-out loss of each set of weights settled.
 
-    wobble: its standard deviation within the last quarter of the steps, from the differences of
-    successive rows (von Neumann 1941), so that a steady fall does not count. reached: the first
-    step at which it was not above raw's mean over that quarter.
+    wobble: its standard deviation about a straight line over the last quarter of the steps, from
+    the differences of successive rows (over 2^½; as von Neumann 1941), None of fewer than three.
+    reached: the first step at which it was not above raw's mean over that quarter.
     """
-    lines = {}
+    last, lines = log[-1]["step"], {}
     for row in log:
         lines.setdefault(row["name"], []).append((row["step"], row["held_out_loss"]))
-    last = log[-1]["step"]
     late = {name: [loss for step, loss in line if step >= 0.75 * last]
             for name, line in lines.items()}
-    level = np.mean(late["raw"])
-    return [row | {"wobble": np.sqrt(np.mean(np.square(np.diff(late[row["name"]]))) / 2).item()
-                   if len(late[row["name"]]) > 1 else None,
-                   "reached": next((s for s, loss in lines[row["name"]] if loss <= level), None)}
-            for row in log if row["step"] == last]
+    level, rows = np.mean(late["raw"]), []
+    for row in [row for row in log if row["step"] == last]:
+        steps = np.diff(late[row["name"]])
+        reached = (step for step, loss in lines[row["name"]] if loss <= level)
+        rows.append(row | {"wobble": np.std(steps).item() / 2**0.5 if len(steps) > 1 else None,
+                           "reached": next(reached, None)})
+    return rows
 
 
 def cell(row, field):
