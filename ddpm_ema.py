@@ -1221,6 +1221,8 @@ class Run:
         torch.empty(s.batch_size, *self.data.images.shape[1:])  # is there room for a batch?
         if s.features:
             with explained(f"--features {s.features}"):
+                if not self.data.is_pictures:
+                    raise ValueError("it takes pictures, and these data are floats")
                 self.features_of = load_features(s.features, self.device)
                 self.features_of(next(self.data.batches(2)))
         probe = EMABank(nn.Linear(1, 1), s.tracked)
