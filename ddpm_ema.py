@@ -1239,13 +1239,22 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             return (self.parallel if torch.is_grad_enabled() else self.model)(x, t)
 
+    def times(self, u):
+        """Times t [B] to train on, of u [B] that are uniform in (0, 1).
+
+        Logit-normal: rarely the least or the most noise (Esser et al. 2024, arXiv:2403.03206, 3.1).
+        """
+        if self.settings.logit_normal:
+            u = torch.special.ndtri(u).sigmoid()
+        return (u * self.diffusion.num_steps).long()
+
     def train_step(self):
         """One step of Adam; all that is random in it is a function of (seed, step)."""
         s, device = self.settings, self.device
         self.model.train()
         torch.manual_seed(seed_of(TRAIN, s.seed, self.step))
         index = torch.randint(len(self.data.images), (s.batch_size,), device=device)  # [B]
-        t = torch.randint(self.diffusion.num_steps, (s.batch_size,), device=device)  # [B]
+        t = self.times(torch.rand(s.batch_size, device=device))  # [B]
         x0 = self.data.x0(index)  # [B, C, H, W]
         if s.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0, x0.flip(3))
@@ -1342,11 +1351,11 @@ class Run:
 
     @torch.no_grad()
     def held_out_loss(self, num_images=256):
-        """Mean loss on fixed images, noise and times spread evenly over 0..T-1."""
+        """Mean loss on fixed images, noise and times, spread as in training."""
         x0 = self.held_out.x0(slice(num_images))
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
-        t = torch.linspace(0, self.diffusion.num_steps - 1, len(x0), device=x0.device)
-        parts = zip(*(part.split(128) for part in (x0, t.round().long(), eps)))
+        t = self.times((torch.arange(len(x0), device=x0.device) + 0.5) / len(x0))
+        parts = zip(*(part.split(128) for part in (x0, t, eps)))
         return torch.cat([self.diffusion.loss(self.network, *part) for part in parts]).mean().item()
 
     def draw(self, count):
@@ -1706,11 +1715,13 @@ SETTINGS = {  # flag: (default, what it is, a reader of its text or the names th
     "report": ((), "finished runs (folders) to compare; goes with --out alone", Path),
 }
 PRESETS = {
-    "small": {"warmup": 100, "flip": False, "network": {}},  # minutes on two CPU cores
+    "small": {  # minutes on two CPU cores
+        "warmup": 100, "flip": False, "logit_normal": True, "network": {}},
     "cifar10": {  # Ho et al. 2020, appendix B
         "data": "cifar10", "decay": ["0.9999"], "steps": 800_000, "batch_size": 128, "lr": 2e-4,
-        "warmup": 5000, "flip": True, "objective": "eps", "schedule": "linear", "sampler": "ddpm",
-        "sample_steps": 1000, "num_samples": 50_000, "save_every": 5000, "log_every": 1000,
+        "warmup": 5000, "flip": True, "logit_normal": False, "objective": "eps",
+        "schedule": "linear", "sampler": "ddpm", "sample_steps": 1000, "num_samples": 50_000,
+        "save_every": 5000, "log_every": 1000,
         "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
                     "scale_shift": False, "dropout": 0.1}},
 }

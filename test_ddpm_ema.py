@@ -766,7 +766,9 @@ def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
 
 
 def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
-    """Warm-up, flips, clipping, cooldown, Adam, averages and their held-out loss."""
+    """Times, warm-up, flips, clipping, cooldown, Adam, averages and their held-out loss."""
+    def times(u):  # logit-normal
+        return (1000 / (1 + (-torch.distributions.Normal(0, 1).icdf(u)).exp())).long()
     with mock.patch.dict(PRESETS["small"], flip=True):
         run(bars.data, tmp_path, "--steps", "4", "--decay", "0.9", "--cooldown", "0.5")
     words = (0, 0, 0), *((1, 0, step) for step in range(4))
@@ -776,7 +778,7 @@ def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
     adam, ema = torch.optim.Adam(model.parameters()), EMA(model, "0.9")
     for step, seed in enumerate(seeds):
         torch.manual_seed(seed)
-        index, t = torch.randint(160, (8,)), torch.randint(1000, (8,))
+        index, t = torch.randint(160, (8,)), times(torch.rand(8))
         flip, x0 = torch.rand(8) >= 0.5, bars.training[index] / 127.5 - 1
         x0[flip] = x0[flip].flip(3)
         adam.zero_grad()
@@ -789,7 +791,7 @@ def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
     assert max(norms) > 2 * min(norms) > 2  # they are clipped, by different factors
     rows, noise = ddpm_ema.read_rows(tmp_path), torch.Generator().manual_seed(0)
     assert rows[4, "raw", ""]["loss"] == pytest.approx(sum(losses[2:]).item() / 2, rel=1e-4)
-    eps, t = torch.randn(40, 1, 8, 8, generator=noise), torch.linspace(0, 999, 40).round().long()
+    eps, t = torch.randn(40, 1, 8, 8, generator=noise), times((torch.arange(40) + 0.5) / 40)
     for name in ("raw", "0.9", "0.9 debiased"):
         with contextlib.nullcontext() if name == "raw" else ema.applied(debias=name != "0.9"):
             loss = diffusion.loss(model, bars.held_out / 127.5 - 1, t, eps).mean().item()
