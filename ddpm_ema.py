@@ -288,8 +288,7 @@ class EMABank(EMA):
         self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
         super().__init__(model, decays, device)
         self._table[1] = self._table[0]
-        cached = min(2**15, 2**20 // len(self._table))  # what is folded at once fits a CPU's cache
-        cached *= 1 if self._table.device.type == "cpu" else 8
+        cached = 2**15 if self._table.device.type == "cpu" else 2**18  # columns that fit a cache
         self._chunks = self._table.split(cached, dim=1)
         self._scratch = torch.empty_like(self._table[1:, :cached])
         self._path = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
