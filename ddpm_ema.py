@@ -1572,6 +1572,7 @@ def plot_sweep(path, title, rows, losses):
         for step in steps if len(steps) > 1 else ():
             peers = [r for r in rows if r["step"] == step and "horizon" in r]
             leaders.append(best(peers, metric) | {"metric": metric, "debiased": False})
+    # Averages that are mostly the initial weights would stretch the axes and show noise.
     trained = [row for row in rows if row["debiased"] or row.get("init_share", 0) < 0.1]
     draw(path, title, [
         ("How far samples are from the data", rows, "horizon", known(rows)[0], "step"),
