@@ -1485,127 +1485,114 @@ class Run:
 # Pictures and reports
 # ==================================================================================================
 
-NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay", "step": "training step",
-         "tail_share": "mass of the rare modes / true mass", "east": "", "north": "",
-         "held_out_loss": "held-out loss"}
-TICKS = (0, 0.5, 0.9, 0.97, 0.99, 0.997, 0.999, 0.9997, 0.9999, 0.99999, 0.999999)
+NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay (0: raw weights)",
+         "step": "training step", "tail_share": "mass of the rare modes / true mass",
+         "held_out_loss": "held-out loss", "east": "", "north": ""}
+LOG = ("fd", "fid", "held_out_loss")  # wide enough for averages that are mostly initial weights
+STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.formatter.min_exponent": 4,
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+         "lines.linewidth": 1.3, "lines.markersize": 4, "savefig.bbox": "tight"}
 
 
 def draw_panel(axis, title, rows, x, y, by):
-    """y of the rows against x, a line for each value of `by`, along the steps or the decays.
+    """y of the rows against x, a line for each value of `by`; rows that lack a value are left out.
 
-    Raw is black, all else a ramp from light to dark; debiased averages are dashed, spreads a band,
-    real images a dotted line. Rows that lack a value are left out.
+    Raw is black, all else a ramp from light to dark; debiased averages are dashed.
     """
-    lines = {}  # (value of by, debiased) -> rows
-    along = "step" if by in ("decay", "metric") else "horizon"
-    shown = [row for row in rows if None not in (row.get(x), row.get(y), row.get(along))]
-    for row in sorted(shown, key=lambda row: row[along]):
-        lines.setdefault((row[by], row["debiased"]), []).append(row)
-    groups = [g for g in dict.fromkeys(r[by] for r in rows) if g not in ("raw", "real")]
-    for (group, debiased), line in lines.items():
-        place = (groups.index(group) + 1) / len(groups) if group in groups else 0
-        color = matplotlib.colormaps["YlGnBu"](0.2 + 0.75 * place) if place else "black"
-        across, value, spread = (np.array([row.get(field, 0) for row in line], float)
-                                 for field in (x, y, f"{y}_sd"))
-        label = f"step {group}" if by == "step" else NAMES.get(group, group)
-        axis.plot(across, value, "--" if debiased else "-", color=color, lw=1.3, marker=".", ms=4,
-                  label=None if debiased else label)
-        axis.fill_between(across, value - spread, value + spread, color=color, alpha=0.15, lw=0)
+    rows = sorted(rows, key=lambda row: (row["step"], row.get("horizon", 0)))
+    groups, lines = dict.fromkeys(row[by] for row in rows), {}
+    ramp = matplotlib.colormaps["YlGnBu"](np.linspace(0.95, 0.4, len(groups)))
+    color = dict(zip(reversed(groups), ramp)) | {"raw": "black"}
     for row in rows:
-        if row["name"] == "real" and y in row:
-            axis.axhline(row[y], color="grey", lw=0.8, ls=":")
-    axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y.replace("_", " ")))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False, fontsize=8)
-    for side, field in ((axis.xaxis, x), (axis.yaxis, y)):
-        if field in ("fd", "fid", "held_out_loss", "horizon"):
-            axis.set(**{f"{side.axis_name}scale": "log"})
-        if field == "horizon":  # marked with the decays
-            low, high = side.get_view_interval()
-            ticks = [decay for decay in TICKS if low <= 1 / (1 - decay) <= high]
-            side.set_ticks([1 / (1 - decay) for decay in ticks], fontsize=8, rotation=30,
-                           labels=[f"{decay:g}" if decay else "raw" for decay in ticks])
-            side.set_ticks([], minor=True)
-        elif field == "held_out_loss":
-            side.set_major_formatter("{x:g}")
-            side.set_minor_formatter("{x:g}")
+        if None not in (row.get(x), row.get(y)):
+            lines.setdefault((row[by], row["debiased"]), []).append(row)
+    for (group, debiased), line in lines.items():
+        across, value, spread = ([row.get(field, 0) for row in line] for field in (x, y, f"{y}_sd"))
+        axis.errorbar(across, value, spread, fmt=".--" if debiased else ".-", color=color[group],
+                      label=None if debiased else NAMES.get(group, group))
+    for value in {row[y] for row in rows if row["name"] == "real" and y in row}:
+        axis.axhline(value, color="grey", ls=":", label="real images")
+    axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
+             yscale="log" if y in LOG else "linear")
+    dashed = any(debiased for _, debiased in lines)
+    axis.legend(title=NAMES.get(by, by) + " (dashed: debiased)" * dashed)
+    if x == "horizon":  # marked with the decays 0, 0.7, 0.9, 0.97, 0.99, …
+        axis.set_xscale("log", subs=[10 / 3])
+        for marks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            marks(lambda horizon, _: f"{1 - 1 / horizon:.6g}")
+        axis.tick_params("x", which="both", rotation=30)
 
 
+@matplotlib.rc_context(STYLE)
 def draw(path, title, panels):
-    """A picture of panels, at most three in a row."""
+    """A picture of panels, three in a row; those without a value are left out."""
     panels = [panel for panel in panels if any(panel[3] in row for row in panel[1])]  # has it y?
-    columns, lines = min(3, len(panels)), -(-len(panels) // 3)
-    figure = Figure(figsize=(5.2 * columns, 3.9 * lines + 0.3), layout="constrained")
+    lines = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(15.6, 3.9 * lines + 0.3), layout="constrained")
     figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
     for place, panel in enumerate(panels, 1):
-        draw_panel(figure.add_subplot(lines, columns, place), *panel)
-    save(figure, path)
-
-
-def save(figure, path):
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+        draw_panel(figure.add_subplot(lines, 3, place), *panel)
+    with replacing(path) as draft:
+        figure.savefig(draft)
 
 
 def plot_curves(path, title, rows):
     """curves.png: the held-out losses of the log, and where raw and averaged weights went."""
     plain = [row for row in rows if not row["debiased"]]
     sketches = np.array([row["sketch"] for row in plain])  # [rows, 64]
-    plane = np.linalg.svd(sketches, full_matrices=False)[2][:2]  # [2, 64]
-    plain = [row | {"east": east, "north": north}
-             for row, (east, north) in zip(plain, sketches @ plane.T)]
-    raw = {row["step"]: row["held_out_loss"] for row in rows if row["name"] == "raw"}
-    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]
-            and row["held_out_loss"] < 1.2 * raw[row["step"]]]
+    plane = sketches @ np.linalg.svd(sketches, full_matrices=False)[2][:2].T  # [rows, 2]
+    plain = [row | {"east": east, "north": north} for row, (east, north) in zip(plain, plane)]
+    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
+    level = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
+    late = [row | {"held_out_loss": None} if row["held_out_loss"] > level else row for row in late]
     draw(path, title, [
         ("Averages lag at first", rows, "step", "held_out_loss", "decay"),
         ("then they are ahead: the last quarter", late, "step", "held_out_loss", "decay"),
         ("Raw weights wander, averages cut through", plain, "east", "north", "decay")])
 
 
-def plot_sweep(path, title, rows, losses):
+def plot_sweep(path, title, rows):
     """sweep.png: the metrics against the decay, a line a stage, and each stage's best decay."""
-    leaders, steps = [], list(dict.fromkeys(row["step"] for row in rows))
-    for metric in [m for m in known(rows) if m not in ("is", "covered_modes", "legible")]:
-        for step in steps if len(steps) > 1 else ():
-            peers = [r for r in rows if r["step"] == step and "horizon" in r]
-            leaders.append(best(peers, metric) | {"metric": metric, "debiased": False})
-    # Averages that are mostly the initial weights would stretch the axes and show noise.
-    trained = [row for row in rows if row["debiased"] or row.get("init_share", 0) < 0.1]
-    draw(path, title, [
-        ("How far samples are from the data", rows, "horizon", known(rows)[0], "step"),
-        ("Quality against variety, along the decays", trained, "recall", "precision", "step"),
-        ("Whether rare modes starve", trained, "horizon", "tail_share", "step"),
-        ("The loss that --decay auto goes by", losses, "horizon", "held_out_loss", "step"),
-        ("The best decay at each stage", leaders, "step", "horizon", "metric")])
+    panels, leaders = [], []
+    for shift, (metric, sentence) in enumerate((
+            (known(rows)[0], "How far samples are from the data"),
+            ("precision", "Quality: the share of samples that look real"),
+            ("recall", "Variety: the share of real images within reach"),
+            ("tail_share", "Whether rare modes starve"),
+            ("held_out_loss", "The loss that --decay auto goes by"))):
+        # Averages that are mostly the initial weights would stretch the axes and show noise.
+        shown = [r for r in rows if metric in LOG or r["debiased"] or r.get("init_share", 0) < 0.1]
+        panels.append((sentence, shown, "horizon", metric, "step"))
+        stages = {row["step"] for row in rows if metric in row}
+        for step in stages if len(stages) > 1 else ():
+            first = best([r for r in rows if r["step"] == step and "horizon" in r], metric)
+            apart = first["horizon"] * 1.04**shift  # so that no line hides another
+            leaders.append(first | {"metric": metric, "horizon": apart, "debiased": False})
+    panels.append(("The best decay at each stage", leaders, "horizon", "step", "metric"))
+    draw(path, title, panels)
 
 
+@matplotlib.rc_context(STYLE)
 def plot_samples(path, rows, images):
     """samples.png: the distance along the decays; a line of images x0 [8, C, H, W] for each row."""
     metric, raw = known(rows)[0], next(row for row in rows if row["name"] == "raw")
     figure = Figure(figsize=(13, max(4.4, 0.62 * len(rows) + 0.6)), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
-    axis.axhline(raw[metric], color="black", lw=1.3, label="raw weights")
-    averages = [row | {"of": "averages (dashed: debiased)"} for row in rows]
-    draw_panel(axis, "What the decay does", averages, "horizon", metric, "of")
-    axes = right.subplots(len(rows), squeeze=False)[:, 0]
-    for axis, row, x0 in zip(axes, rows, images):
-        x0 = x0[:, :3 if x0.shape[1] == 3 else 1]  # of latents the first channel
-        strip = F.pad((x0 + 1) / 2, (0, 1, 0, 0), value=1.0).clamp(0, 1)  # white in between
-        axis.imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).numpy(), cmap="gray", vmin=0, vmax=1,
-                    interpolation="nearest")
+    axis.axhline(raw[metric], color="black", label="raw weights")
+    draw_panel(axis, "What the decay does", rows, "horizon", metric, "step")
+    right.suptitle("The same noise through each set of weights")
+    for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):
+        x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # latents: a channel
+        strip = F.pad((x0 + 1) / 2, (0, 1), value=1.0).clamp(0, 1)  # white in between
+        axis.imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).numpy(), interpolation="nearest")
         axis.set_axis_off()
-        text = f"{NAMES[metric]} {cell(row, metric)}"
-        if row.get("init_share", 0) > 1e-3 and not row["debiased"]:
-            text += f"\ninitial weights {row['init_share']:.0%}"
+        text = f"{NAMES[metric]} {cell(row, metric)}\ninit share {cell(row, 'init_share')}"
         axis.text(-0.02, 0.5, row["name"].replace(" ", "\n"), transform=axis.transAxes,
                   ha="right", va="center")
-        axis.text(1.02, 0.5, text, transform=axis.transAxes, va="center", fontsize=8)
-    axes[0].set_title(f"Step {raw['step']}: the same noise through each set of weights")
-    save(figure, path)
+        axis.text(1.02, 0.5, text, transform=axis.transAxes, va="center")
+    with replacing(path) as draft:
+        figure.savefig(draft)
 
 
 def pool(tables):
@@ -1620,51 +1607,49 @@ def pool(tables):
 
 
 def report(runs, out):
-    """Tables and pictures of runs, (settings, rows) each; ValueError where they have no ranking.
+    """Tables and pictures of runs, (settings, {key: row}); ValueError where they have no ranking.
 
     Those that differ in their seed are one method, whose table has means and spreads over seeds.
     Several methods are ranked at each decay, and each at its best one.
     """
-    methods, ranked = {}, []
-    for settings, rows in runs:
-        for samples in {row["samples"]: None for row in rows if row["name"] == "real"}:
-            method = {name: str(settings[name]) for name in (*FIXED, "steps") if name != "seed"}
-            seeds = methods.setdefault((*method.items(), ("samples", samples)), {})
-            if settings["seed"] in seeds:
-                raise ValueError(f"two runs have the same settings and seed {settings['seed']}")
-            seeds[settings["seed"]] = {key_of(r): r for r in rows if r["samples"] in ("", samples)}
-    if len({dict(method)["data"] for method in methods}) > 1:
+    methods, places = {}, {}  # {method: {seed: rows}}, {(step, name): rows of the methods}
+    differ = [name for name in (*FIXED, "steps", "samples") if name != "seed"
+              and len({str(settings[name]) for settings, _ in runs}) > 1]
+    if "data" in differ:
         raise ValueError("runs on different data have no ranking; give them to --report apart")
+    for settings, rows in runs:
+        seed, samples = settings["seed"], settings["samples"]
+        seeds = methods.setdefault(", ".join(f"{name} {settings[name]}" for name in differ), {})
+        if seed in seeds:
+            raise ValueError(f"two runs have the same settings and seed {seed}")
+        seeds[seed] = {key: row for key, row in rows.items() if row["samples"] in ("", samples)}
     out.mkdir(parents=True, exist_ok=True)
     for number, (method, seeds) in enumerate(methods.items(), 1):
         rows = sorted(pool(list(seeds.values())), key=lambda row: row["step"])
         table = [row for row in rows if row["samples"]]
-        metrics, stages = known(table), list(dict.fromkeys(row["step"] for row in table))
-        differ = ", ".join(f"{name} {value}" for name, value in method
-                           if any((name, value) not in other for other in methods))
-        title = f"{differ or dict(method)['samples']}; ± over " + (
+        metrics, stages = known(table), dict.fromkeys(row["step"] for row in table)
+        title = f"{method or samples}; ± over " + (
             f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples")
         print(f"\n{title}")
         print_rows(table, ["horizon", "init_share", *metrics])
-        plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, table,
-                   [row for row in rows if row["samples"] == "" and row["step"] in stages])
+        plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title,
+                   [row for row in rows if row["step"] in stages])
         for step in stages:
             peers = [row for row in table if row["step"] == step and row["name"] != "real"]
-            ahead = {"step": step, "name": "best decay", "debiased": False}
+            ahead = {"step": step, "name": "best decay"}
             for metric in metrics:
                 first = best(peers, metric)
                 ahead |= {key: first[key] for key in (metric, f"{metric}_sd") if key in first}
-            ranked += [row | {"method": differ} for row in [ahead, *peers]]
+            for row in (ahead, *peers):
+                places.setdefault((step, row["name"]), []).append(row | {"method": method})
     if len(methods) > 1:
         print("\nThe methods at each decay, and each at its best one")
-        places = [(row["step"], row["name"]) for row in ranked]
-        ranked = [row for row, place in zip(ranked, places) if places.count(place) > 1]
-        ranked.sort(key=lambda row: (row["step"], row["name"] != "best decay", row["name"]))
+        ranked = [row for rows in places.values() if len(rows) > 1 for row in rows]
         print_rows(ranked, metrics, ("step", "name", "method"))
         draw(out / "report.png", "The methods beside each other", [
             (f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
-             "method") for field in (metrics[0], "precision", "tail_share")
-            for step in sorted({row["step"] for row in ranked})])
+             "method") for step in sorted({row["step"] for row in ranked})
+            for field in (metrics[0], "precision", "tail_share")])
 
 
 # ==================================================================================================
@@ -1782,12 +1767,14 @@ def resolve(given):
 
 
 def finished(folder):
-    """(settings, rows) of a run that came to its end; ValueError if there is none."""
+    """[(settings, {key: row})] of a finished run, one for each kind of samples; or ValueError."""
     rows, path = read_rows(folder), folder / "last.pt"
     run = load_checkpoint(path) if path.exists() else {}
     if not rows or not run or run["step"] < run["settings"]["steps"]:
         raise ValueError(f"{folder} holds no finished run; give what --out named")
-    return run["settings"] | {"data": os.path.basename(run["settings"]["data"])}, rows.values()
+    settings = run["settings"] | {"data": os.path.basename(run["settings"]["data"])}
+    kinds = dict.fromkeys(row["samples"] for row in rows.values() if row["samples"])
+    return [(settings | {"samples": samples}, rows) for samples in kinds]
 
 
 def main(argv=None):
@@ -1797,7 +1784,8 @@ def main(argv=None):
         with explained("--report"):
             if given.keys() - {"out"}:
                 raise ValueError("it goes with --out alone")
-            return report([*map(finished, folders)], Path(given.get("out") or "runs/report"))
+            runs = [run for folder in folders for run in finished(folder)]
+            return report(runs, Path(given.get("out") or "runs/report"))
     with explained("set-up"):
         run = Run(resolve(given))
     with explained(f"the run in {run.out}"):
@@ -1815,7 +1803,7 @@ def main(argv=None):
         plot_curves(run.out / "curves.png", s.data, log)
         print_rows(settled(log), ["held_out_loss", "wobble", "reached", "distance_initial",
                                   "distance_raw"])
-        report([(vars(s), [row for row in rows if row["samples"] in ("", s.samples)])], run.out)
+        report([(vars(s), run.rows)], run.out)
 
 
 if __name__ == "__main__":
