@@ -1663,18 +1663,13 @@ def number(kind, low, high):
             if low <= kind(text) <= high:
                 return kind(text)
         allowed = f"a {'whole number' if kind is int else 'number'} from {low} to {high}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {allowed}")
+        raise ValueError(f"{text!r} is not allowed; give {allowed}")
     return read
 
 
 def several(read):
     """A reader of comma-separated items, each kept once."""
-    def items(text):
-        try:
-            return list(dict.fromkeys(read(item) for item in text.split(",")))
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(error) from None
-    return items
+    return lambda text: list(dict.fromkeys(map(read, text.split(","))))
 
 
 COUNT = number(int, 1, 10**8)
@@ -1724,10 +1719,11 @@ def read_flags(flags, doc, argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = stop  # one line instead of argparse's usage text
     for name, (default, text, read) in flags.items():
-        takes = {"choices": read} if isinstance(read, tuple) else {"type": read}
+        flag = f"--{name.replace('_', '-')}"
+        takes = {"choices": read} if isinstance(read, tuple) else {"type": explained(flag)(read)}
         default = ",".join(map(str, default)) if isinstance(default, list) else default
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text} [{default}]",
-                            nargs="+" if default == () else None, **takes)
+        parser.add_argument(flag, help=f"{text} [{default}]", nargs="+" if default == () else None,
+                            **takes)
     argv = sys.argv[1:] if argv is None else argv
     if broken := [text for text in argv if text.endswith("=--")]:  # argparse would fail on it
         stop(f"{broken[0]}: -- is no value")
