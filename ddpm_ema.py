@@ -1773,26 +1773,23 @@ def finished(folder):
     return [(settings | {"samples": samples}, rows) for samples in kinds]
 
 
+@explained("cannot go on")
 def main(argv=None):
     given = read_flags(SETTINGS, __doc__, argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     if folders := given.pop("report", None):
-        with explained("--report"):
-            if given.keys() - {"out"}:
-                raise ValueError("it goes with --out alone")
-            runs = [run for folder in folders for run in finished(folder)]
-            return report(runs, Path(given.get("out") or "runs/report"))
-    with explained("set-up"):
-        run = Run(resolve(given))
-    with explained(f"the run in {run.out}"):
-        s = run.settings
-        run.describe()
-        for step in s.stage_steps:
-            run.train(step)
-            run.evaluate()
-        run.train(s.steps)
-        if run.rank:
-            return
+        if given.keys() - {"out"}:
+            raise ValueError("--report goes with --out alone")
+        runs = [run for folder in folders for run in finished(folder)]
+        return report(runs, Path(given.get("out") or "runs/report"))
+    run = Run(resolve(given))
+    s = run.settings
+    run.describe()
+    for step in s.stage_steps:
+        run.train(step)
+        run.evaluate()
+    run.train(s.steps)
+    if run.rank == 0:
         rows = list(run.rows.values())
         log = [row for row in rows if row["samples"] == "" and row["decay"] in ("raw", *s.tracked)]
         write_csv(run.out / "results.csv", rows)
