@@ -1487,11 +1487,9 @@ class Run:
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay (0: raw weights)",
          "step": "training step", "tail_share": "mass of the rare modes / true mass",
-         "held_out_loss": "held-out loss", "east": "", "north": ""}
-LOG = ("fd", "fid", "held_out_loss")  # wide enough for averages that are mostly initial weights
+         "held_out_loss": "held-out loss"}
 STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.formatter.min_exponent": 4,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-         "lines.linewidth": 1.3, "lines.markersize": 4, "savefig.bbox": "tight"}
+         "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"}
 
 
 def draw_panel(axis, title, rows, x, y, by):
@@ -1513,9 +1511,8 @@ def draw_panel(axis, title, rows, x, y, by):
     for value in {row[y] for row in rows if row["name"] == "real" and y in row}:
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
-             yscale="log" if y in LOG else "linear")
-    dashed = any(debiased for _, debiased in lines)
-    axis.legend(title=NAMES.get(by, by) + " (dashed: debiased)" * dashed)
+             yscale="log" if BETTER.get(y) == 1 else "linear")  # distances and losses
+    axis.legend(title=NAMES.get(by, by) + " (dashed: debiased)" * any(d for _, d in lines))
     if x == "horizon":  # marked with the decays 0, 0.7, 0.9, 0.97, 0.99, …
         axis.set_xscale("log", subs=[10 / 3])
         for marks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
@@ -1541,14 +1538,15 @@ def plot_curves(path, title, rows):
     plain = [row for row in rows if not row["debiased"]]
     sketches = np.array([row["sketch"] for row in plain])  # [rows, 64]
     plane = sketches @ np.linalg.svd(sketches, full_matrices=False)[2][:2].T  # [rows, 2]
-    plain = [row | {"east": east, "north": north} for row, (east, north) in zip(plain, plane)]
+    axes = "most varied direction", "second direction"
+    plain = [row | dict(zip(axes, point)) for row, point in zip(plain, plane)]
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
     level = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
     late = [row | {"held_out_loss": None} if row["held_out_loss"] > level else row for row in late]
     draw(path, title, [
         ("Averages lag at first", rows, "step", "held_out_loss", "decay"),
         ("then they are ahead: the last quarter", late, "step", "held_out_loss", "decay"),
-        ("Raw weights wander, averages cut through", plain, "east", "north", "decay")])
+        ("Raw weights wander, averages cut through", plain, *axes, "decay")])
 
 
 def plot_sweep(path, title, rows):
@@ -1560,14 +1558,15 @@ def plot_sweep(path, title, rows):
             ("recall", "Variety: the share of real images within reach"),
             ("tail_share", "Whether rare modes starve"),
             ("held_out_loss", "The loss that --decay auto goes by"))):
-        # Averages that are mostly the initial weights would stretch the axes and show noise.
-        shown = [r for r in rows if metric in LOG or r["debiased"] or r.get("init_share", 0) < 0.1]
+        # Averages that are mostly the initial weights would stretch a linear axis and show noise.
+        shown = [row for row in rows if BETTER[metric] == 1 or row["debiased"]
+                 or row.get("init_share", 0) < 0.1]
         panels.append((sentence, shown, "horizon", metric, "step"))
         stages = {row["step"] for row in rows if metric in row}
         for step in stages if len(stages) > 1 else ():
             first = best([r for r in rows if r["step"] == step and "horizon" in r], metric)
-            apart = first["horizon"] * 1.04**shift  # so that no line hides another
-            leaders.append(first | {"metric": metric, "horizon": apart, "debiased": False})
+            leaders.append(first | {"metric": metric, "debiased": False,
+                                    "horizon": first["horizon"] * 1.04**shift})  # side by side
     panels.append(("The best decay at each stage", leaders, "horizon", "step", "metric"))
     draw(path, title, panels)
 
@@ -1585,12 +1584,13 @@ def plot_samples(path, rows, images):
     for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # latents: a channel
         strip = F.pad((x0 + 1) / 2, (0, 1), value=1.0).clamp(0, 1)  # white in between
-        axis.imshow(strip.permute(2, 0, 3, 1).flatten(1, 2).numpy(), interpolation="nearest")
+        strip = strip.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # [H, 8 (W + 1), 3]
+        axis.imshow(strip, interpolation="nearest")
         axis.set_axis_off()
-        text = f"{NAMES[metric]} {cell(row, metric)}\ninit share {cell(row, 'init_share')}"
-        axis.text(-0.02, 0.5, row["name"].replace(" ", "\n"), transform=axis.transAxes,
-                  ha="right", va="center")
-        axis.text(1.02, 0.5, text, transform=axis.transAxes, va="center")
+        height, width, _ = strip.shape
+        axis.text(-2, height / 2, row["name"].replace(" ", "\n"), ha="right", va="center")
+        axis.text(width + 1, height / 2, f"{NAMES[metric]} {cell(row, metric)}\n"
+                  f"init share {cell(row, 'init_share')}", va="center")
     with replacing(path) as draft:
         figure.savefig(draft)
 
@@ -1662,8 +1662,7 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        allowed = f"a {'whole number' if kind is int else 'number'} from {low} to {high}"
-        raise ValueError(f"{text!r} is not allowed; give {allowed}")
+        raise ValueError(f"{text!r} is no {'whole ' * (kind is int)}number from {low} to {high}")
     return read
 
 
@@ -1708,8 +1707,7 @@ PRESETS = {
         "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
                     "scale_shift": False, "dropout": 0.1}},
 }
-SWEEP = ["0.5", "0.9", "0.99", "0.999", "0.9993", "0.9995", "0.9997", "0.9999", "0.99999",
-         "0.999999"]
+SWEEP = "0.5,0.9,0.99,0.999,0.9993,0.9995,0.9997,0.9999,0.99999,0.999999"
 
 
 def read_flags(flags, doc, argv=None):
@@ -1735,17 +1733,16 @@ def resolve(given):
     settings = {name: default for name, (default, _, _) in SETTINGS.items() if name != "report"}
     settings |= PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
     out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
-    run, reached = {}, 0
-    if (out / "last.pt").exists():
-        checkpoint = load_checkpoint(out / "last.pt")
-        run, reached = checkpoint["settings"], checkpoint["step"]
-        settings |= run | given
-        if os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
-            settings["data"] = run["data"]  # in another spelling
-    elif any(step for step, *_ in read_rows(out)):  # with step 0 alone it was killed at its start
+    path = out / "last.pt"
+    last = load_checkpoint(path) if path.exists() else {"settings": {}, "step": 0}
+    run, reached = last["settings"], last["step"]
+    settings |= run | given
+    if run and os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
+        settings["data"] = run["data"]  # in another spelling
+    if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
     s = SimpleNamespace(**settings | {"out": str(out)})
-    items = [item for text in s.decay for item in (SWEEP if text == "sweep" else [text])]
+    items = ",".join(s.decay).replace("sweep", SWEEP).split(",")
     s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
     s.decay = list(dict.fromkeys(item for item in items if item != "auto"))
     s.tracked = run.get("tracked", s.decay)
