@@ -1697,8 +1697,7 @@ SETTINGS = {  # flag: (default, what it is, a reader of its text or the names th
     "report": ((), "finished runs (folders) to compare; goes with --out alone", Path),
 }
 PRESETS = {
-    "small": {  # minutes on two CPU cores
-        "warmup": 100, "flip": False, "logit_normal": True, "network": {}},
+    "small": {"warmup": 100, "flip": False, "logit_normal": True, "network": {}},  # for a CPU
     "cifar10": {  # Ho et al. 2020, appendix B
         "data": "cifar10", "decay": ["0.9999"], "steps": 800_000, "batch_size": 128, "lr": 2e-4,
         "warmup": 5000, "flip": True, "logit_normal": False, "objective": "eps",
