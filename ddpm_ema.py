@@ -687,21 +687,19 @@ class Dataset:
     """
 
     def __init__(self, images, labels=None, names=None):
-        if images.ndim != 4 or 0 in images.shape or len(images) < 20:
-            raise ValueError(f"images have shape {list(images.shape)}; needed are 20 or more, "
-                             "[N, C, H, W] or [N, H, W, C]")
         self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
-        if self.is_pictures and 0 <= images.min() <= images.max() <= 255:
-            self.images = torch.from_numpy(np.ascontiguousarray(images, np.uint8))
-        else:
-            with np.errstate(over="ignore"):  # what is infinite is refused below
-                images = torch.from_numpy(np.ascontiguousarray(images, np.float32))
-            mean = images.mean((0, 2, 3), True, dtype=torch.float64)  # exact for equal values
-            scale = images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
-            self.images = (images - mean.float()) / scale
+        low, high = (0, 255) if self.is_pictures else (-1e30, 1e30)
+        if images.ndim != 4 or len(images) < 20 or not low <= images.min() <= images.max() <= high:
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed are 20 or "
+                             "more, [N, C, H, W] or [N, H, W, C], integers from 0 to 255 or "
+                             "finite floats")
+        dtype = np.uint8 if self.is_pictures else np.float32
+        self.images = torch.from_numpy(np.ascontiguousarray(images, dtype))
+        if not self.is_pictures:
+            mean = self.images.mean((0, 2, 3), True, dtype=torch.float64)  # exact for equal values
+            scale = self.images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+            self.images = (self.images - mean.float()) / scale
             self.bound = self.images.abs().max().item()
-            if self.is_pictures or not math.isfinite(self.bound):
-                raise ValueError("needed are finite floats, or integers from 0 to 255")
         # Without labels the classifier learns to tell quarter turns, or half ones, apart.
         self.labels, self.names = None, []
         self.num_classes = 4 if images.shape[2] == images.shape[3] else 2
