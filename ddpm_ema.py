@@ -680,13 +680,13 @@ DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
 
 
 class Dataset:
-    """Images [N, C, H, W], with labels [N] and the names of their values where there are any.
+    """Images [N, C, H, W], labels [N], and the names of their values where there are several.
 
     Integers from 0 to 255 are pictures, which x0 scales to [-1, 1]; floats (latents,
     representations) get mean 0 and standard deviation 1 in each channel. bound is the largest |x0|.
     """
 
-    def __init__(self, images, labels=None, names=None):
+    def __init__(self, images, labels=None, names=()):
         self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
         low, high = (0, 255) if self.is_pictures else (-1e30, 1e30)
         if images.ndim != 4 or len(images) < 20 or not low <= images.min() <= images.max() <= high:
@@ -700,32 +700,28 @@ class Dataset:
             scale = self.images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
             self.images = (self.images - mean.float()) / scale
             self.bound = self.images.abs().max().item()
+        labels = np.zeros(len(images), int) if labels is None else labels
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iuU":
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
+                             f"integer or text for each of the {len(images)} images")
+        values, labels = np.unique(labels, return_inverse=True)
+        self.labels, several = torch.from_numpy(labels), len(values) > 1
+        self.names = list(names or map(str, values)) if several else []
         # Without labels the classifier learns to tell quarter turns, or half ones, apart.
-        self.labels, self.names = None, []
-        self.num_classes = 4 if images.shape[2] == images.shape[3] else 2
-        if labels is not None:
-            if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-                raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
-                                 f"integer for each of the {len(images)} images")
-            values, labels = np.unique(labels, return_inverse=True)
-            self.labels, self.num_classes = torch.from_numpy(labels), len(values)
-            self.names = [str(value) if names is None else names[value] for value in values]
+        self.num_classes = len(self.names) or (4 if images.shape[2] == images.shape[3] else 2)
 
     def split(self, device):
         """Training and held-out part: a fifth is held out, at most 4,096, always the same."""
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
         held_out, parts = min(len(order) // 5, 4096), (copy.copy(self), copy.copy(self))
         for part, index in zip(parts, (order[held_out:], order[:held_out])):
-            part.images = self.images[index].to(device)
-            if self.labels is not None:
-                part.labels = self.labels[index].to(device)
+            part.images, part.labels = self.images[index].to(device), self.labels[index].to(device)
         return parts
 
     def x0(self, index):
         """Images as the network sees them, [B, C, H, W] float32."""
-        x0 = self.images[index].float()
-        x0 = (x0 - 127.5) / 127.5 if self.is_pictures else x0
-        return x0.contiguous(memory_format=torch.channels_last)
+        x0 = self.images[index].float().contiguous(memory_format=torch.channels_last)
+        return (x0 - 127.5) / 127.5 if self.is_pictures else x0
 
     def batches(self, count):
         """Yields x0 [<=256, C, H, W] of the first `count` images."""
@@ -770,17 +766,14 @@ def read_idx(path):
 
 
 def read_pictures(files):
-    """Images of one size; the classes are their folders, where there are several."""
+    """Images of one size; the classes are their folders."""
     images = []
     for path in files:
-        image = np.atleast_3d(matplotlib.image.imread(path))  # [H, W, 1 to 4]; floats from PNG
-        image = image[:, :, :1 if image.shape[2] < 3 else 3]  # no transparency
-        peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
+        image = np.atleast_3d(matplotlib.image.imread(path))[:, :, :3]  # grey or colour, no alpha
+        peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max  # floats from PNG
         images.append((image * (255 / peak)).round().astype(np.uint8))
     images = np.stack(np.broadcast_arrays(*images))  # grey among colour becomes colour
-    folders, labels = np.unique([str(path.parent) for path in files], return_inverse=True)
-    names = [Path(folder).name for folder in folders]
-    return images.transpose(0, 3, 1, 2), labels if len(names) > 1 else None, names
+    return images.transpose(0, 3, 1, 2), np.array([str(path.parent) for path in files])
 
 
 def download(name):
@@ -797,7 +790,7 @@ def download(name):
 def load_data(source):
     """The Dataset behind --data; whatever is wrong with it is an exception of some kind."""
     if source == "glyphs":
-        return Dataset(*draw_glyphs(24_096), names=list(GLYPHS))
+        return Dataset(*draw_glyphs(24_096), GLYPHS)
     path = download(source) if source in DOWNLOADS else Path(source or "nothing")
     if source == "cifar10":
         with tarfile.open(path / "cifar-10-binary.tar.gz") as tar:
@@ -856,20 +849,16 @@ def train_classifier(net, data, num_steps=500, batch_size=128):
     Classes are drawn equally often, so that rare ones are read as well as frequent ones. Where
     there are no labels it learns by how many quarter turns an image was rotated.
     """
-    weight = torch.ones(len(data.images))
-    if data.labels is not None:
-        weight = 1 / data.labels.bincount()[data.labels]
+    weight = 1 / data.labels.bincount()[data.labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
     for index in order.split(batch_size):
-        x0 = data.x0(index)  # [B, C, H, W]
-        if data.labels is None:
+        x0, label = data.x0(index), data.labels[index]  # [B, C, H, W], [B]
+        if not data.names:
             label = torch.arange(batch_size) % data.num_classes
-            turns = label * (4 // data.num_classes)
-            x0 = torch.stack([x.rot90(k, (1, 2)) for k, x in zip(turns.tolist(), x0)])
-        else:
-            label = data.labels[index]
+            turns = (label * (4 // data.num_classes)).tolist()
+            x0 = torch.stack([x.rot90(k, (1, 2)) for x, k in zip(x0, turns)])
         optimizer.zero_grad()
         F.cross_entropy(net.logits(net.features(x0)), label).backward()
         optimizer.step()
@@ -1386,7 +1375,7 @@ class Run:
         features, _ = self.features(data.batches(max(count, 10_000)), "training images")
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         shares = None  # of the modes; one may be among the held-out images only
-        if data.labels is not None:
+        if data.names:
             shares = data.labels.bincount(minlength=data.num_classes).double() / len(data.labels)
         return {"moments": moments(features, once), "features": features[:count], "shares": shares}
 
