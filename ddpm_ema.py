@@ -656,9 +656,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
 import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
@@ -1750,7 +1748,7 @@ def resolve(given):
             settings["data"] = run["data"]  # in another spelling
     elif any(step for step, *_ in read_rows(out)):  # with step 0 alone it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
-    s = SimpleNamespace(**settings | {"out": str(out)})
+    s = argparse.Namespace(**settings | {"out": str(out)})
     items = [item for text in s.decay for item in (SWEEP if text == "sweep" else [text])]
     s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
     s.decay = list(dict.fromkeys(item for item in items if item != "auto"))
