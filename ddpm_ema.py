@@ -730,12 +730,12 @@ class Dataset:
         return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
 
 
-def draw_glyphs(num_images, seed=0):
-    """Characters in random DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
+def draw_glyphs(num_images):
+    """Characters in two DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
 
     Returns images [N, 1, 16, 16] uint8, white on black, and labels [N]: positions in GLYPHS.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     share = 1 / np.arange(1, len(GLYPHS) + 1)  # Zipf's law
     labels = rng.choice(len(GLYPHS), num_images, p=share / share.sum())
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -747,9 +747,8 @@ def draw_glyphs(num_images, seed=0):
         face.set_text(GLYPHS[label], rng.normal(0, 2))
         face.draw_glyphs_to_bitmap()
         glyph = face.get_image()[:32, :32]  # [h, w] uint8
-        h, w = glyph.shape
-        top = np.clip(round((32 - h) / 2 + rng.uniform(-1, 1)), 0, 32 - h)
-        left = np.clip(round((32 - w) / 2 + rng.uniform(-1, 1)), 0, 32 - w)
+        h, w = size = np.array(glyph.shape)
+        top, left = ((32 - size) / 2 + rng.uniform(-1, 1, 2)).clip(0, 32 - size).round().astype(int)
         canvas[i, top:top + h, left:left + w] = glyph
     images = canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5))
     return images.round().astype(np.uint8), labels
@@ -792,8 +791,8 @@ def load_data(source):
     path = download(source) if source in DOWNLOADS else Path(source or "nothing")
     if source == "cifar10":
         with tarfile.open(path / "cifar-10-binary.tar.gz") as tar:
-            batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
-                       for i in range(1, 6)]
+            names = sorted(name for name in tar.getnames() if "data_batch" in name)
+            batches = [tar.extractfile(name).read() for name in names]
         records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
         return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
     if path.suffix == ".npz":
