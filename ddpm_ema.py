@@ -820,31 +820,21 @@ def load_data(source):
 # Metrics
 # ==================================================================================================
 
-class Classifier(nn.Module):
-    """A small network trained on the data set's own labels; its 64 features are the metric space.
-
-    forward(x [B, C, H, W]) -> features [B, 64], class probabilities [B, K]
-    """
-
-    def __init__(self, channels, num_classes):
-        super().__init__()
-        self.features = nn.Sequential(
+def make_classifier(channels, num_classes):
+    """x [B, C, H, W] -> features [B, 64], the space of the metrics -> logits [B, K] of labels."""
+    return nn.ModuleDict({
+        "features": nn.Sequential(
             nn.Conv2d(channels, 32, 3, 1, 1), norm(32), nn.ReLU(),
             nn.Conv2d(32, 64, 3, 2, 1), norm(64), nn.ReLU(),
             nn.Conv2d(64, 128, 3, 2, 1), norm(128), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU())
-        self.logits = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        features = self.features(x)
-        return features, self.logits(features).softmax(1)
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU()),
+        "logits": nn.Linear(64, num_classes)})
 
 
 def train_classifier(net, data, num_steps=500, batch_size=128):
-    """Trains a Classifier on the data.
+    """Trains it with all classes equally often, so that rare ones are read as well as others.
 
-    Classes are drawn equally often, so that rare ones are read as well as frequent ones. Where
-    there are no labels it learns by how many quarter turns an image was rotated.
+    Where there are no labels it learns by how many quarter turns an image was rotated.
     """
     weight = 1 / data.labels.bincount()[data.labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
@@ -1186,7 +1176,7 @@ class Run:
         self.rows = read_rows(self.out)
         self.check()
         torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
-        self.classifier = Classifier(data.images.shape[1], data.num_classes)
+        self.classifier = make_classifier(data.images.shape[1], data.num_classes)
         if (self.out / "last.pt").exists():
             self.load("last.pt")
             self.saved = self.step
@@ -1360,7 +1350,8 @@ class Run:
         """Features [N, D] and class probabilities [N, K] of batches of x0."""
         pairs = []
         for x0 in batches:
-            own, probs = self.classifier(x0)
+            own = self.classifier.features(x0)
+            probs = self.classifier.logits(own).softmax(1)
             pairs.append((self.features_of(x0) if self.settings.features else own, probs))
             show(f"step {self.step}, {what}: batch {len(pairs)}", keep=False)
         return [torch.cat(parts) for parts in zip(*pairs)]
