@@ -882,14 +882,13 @@ def manifold_share(features, reference, k=3):
     Kynkäänniemi et al. 2019 (arXiv:1904.06991, eq. 1): the mean of the answer is precision for
     (samples, real) and recall for (real, samples). Works in tiles: memory is O(N + M).
     """
-    tiles, radii = reference.split(1024), []
-    for tile in tiles:  # k + 1: a point is its own nearest neighbour
-        nearest = [torch.cdist(tile, other).topk(min(k + 1, len(other)), largest=False).values
-                   for other in tiles]
-        radii.append(torch.cat(nearest, 1).sort(1).values[:, k])
-    inside = [torch.stack([(torch.cdist(rows, tile) <= r).any(1) for tile, r in zip(tiles, radii)])
-              for rows in features.split(1024)]
-    return torch.cat([i.any(0) for i in inside])  # [N] bool
+    tiles = reference.split(1024)
+
+    def distances(rows):  # [n, M]
+        return torch.cat([torch.cdist(rows, tile) for tile in tiles], 1)
+
+    radius = torch.cat([distances(tile).kthvalue(k + 1).values for tile in tiles])  # 1: itself
+    return torch.cat([(distances(rows) <= radius).any(1) for rows in features.split(1024)])  # [N]
 
 
 def measure(features, probs, real, num_bootstrap=20):
