@@ -882,13 +882,10 @@ def manifold_share(features, reference, k=3):
     Kynkäänniemi et al. 2019 (arXiv:1904.06991, eq. 1): the mean of the answer is precision for
     (samples, real) and recall for (real, samples). Works in tiles: memory is O(N + M).
     """
-    tiles = reference.split(1024)
-
-    def distances(rows):  # [n, M]
-        return torch.cat([torch.cdist(rows, tile) for tile in tiles], 1)
-
-    radius = torch.cat([distances(tile).kthvalue(k + 1).values for tile in tiles])  # 1: itself
-    return torch.cat([(distances(rows) <= radius).any(1) for rows in features.split(1024)])  # [N]
+    radius = torch.cat([torch.cdist(rows, reference).kthvalue(k + 1).values  # the first is itself
+                        for rows in reference.split(1024)])  # [M]
+    inside = [(torch.cdist(rows, reference) <= radius).any(1) for rows in features.split(1024)]
+    return torch.cat(inside)  # [N] bool
 
 
 def measure(features, probs, real, num_bootstrap=20):
