@@ -892,8 +892,8 @@ def measure(features, probs, real, num_bootstrap=20):
     """Every metric of samples with features [N, D] and class probabilities [N, K], and its spread.
 
     `real` holds what they are compared with: `moments`, `features` [M, D] and, where the modes
-    are known, their true `shares` [K]. A spread, NAME_sd, is a standard deviation over bootstrap
-    resamples; a resample is how often it drew each row, so that every metric is a weighted sum.
+    are known, their true `shares` [K]. NAME_sd is a standard deviation over bootstrap resamples;
+    one is how often it drew each row, so that every metric is a weighted sum.
 
     fd             Fréchet distance            is    Inception Score, exp E KL(p(y|x) | p(y))
     precision      share of samples within the manifold of the real features; recall: the reverse
@@ -901,35 +901,33 @@ def measure(features, probs, real, num_bootstrap=20):
     tail_share     mass on the rarer half of the modes over its true mass
     covered_modes  modes with more than a quarter of their true share
     legible        share of images whose mode is read with probability above 0.9
-    modes          mass of each mode over its true mass: a list, without a spread
+    modes          mass of each mode over its true mass: a list
     """
-    true, sizes, rows = real["shares"], (len(features), len(real["features"])), []
-    p, confident = probs.double(), (probs.amax(1) > 0.9).double()
+    true, n, m, rows = real["shares"], len(features), len(real["features"]), []
+    p, mode = probs.double(), probs.argmax(1)  # [N, K], [N]
     plogp = (p * p.clamp(min=1e-12).log()).sum(1)  # [N]
-    hits = F.one_hot(probs.argmax(1), probs.shape[1]).double()  # [N, K]
+    confident = (probs.amax(1) > 0.9).double()
     precise = manifold_share(features, real["features"]).double()
     recalled = manifold_share(real["features"], features).double()
     generator = torch.Generator(features.device).manual_seed(0)
     for resample in range(num_bootstrap + 1):  # in the first, each row counts once
         drawn, drawn_real = (
-            torch.randint(n, (n,), device=features.device, generator=generator).bincount(
-                minlength=n).double() if resample else p.new_ones(n) for n in sizes)
-        share, mean = drawn @ hits / drawn.sum(), drawn @ p / drawn.sum()  # [K]
-        entropy = (drawn @ plogp / drawn.sum() - mean @ mean.clamp(min=1e-12).log()).item()
+            torch.randint(size, (size,), device=p.device, generator=generator).bincount(
+                minlength=size).double() if resample else p.new_ones(size) for size in (n, m))
+        share, mean = mode.bincount(drawn, p.shape[1]) / n, drawn @ p / n  # [K]
         row = {"fd": frechet_distance(*moments(features, drawn), *real["moments"]),
-               "is": math.exp(entropy), "precision": (drawn @ precise / drawn.sum()).item(),
-               "recall": (drawn_real @ recalled / drawn_real.sum()).item()}
+               "is": math.exp(drawn @ plogp / n - mean @ mean.clamp(min=1e-12).log()),
+               "precision": (drawn @ precise).item() / n,
+               "recall": (drawn_real @ recalled).item() / m}
         if true is not None:
             rare = true.argsort(descending=True)[len(true) // 2:]
             row |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
                     "covered_modes": (share > true / 4).double().sum().item(),
-                    "legible": (drawn @ confident / drawn.sum()).item()}
+                    "legible": (drawn @ confident).item() / n,
+                    "modes": (share / true).nan_to_num(posinf=0).tolist()}
         rows.append(row)
-    row = rows[0] | {f"{name}_sd": np.std([row[name] for row in rows[1:]], ddof=1).item()
-                     for name in rows[0]}
-    if true is not None:
-        row["modes"] = (hits.mean(0) / true).nan_to_num(posinf=0).tolist()
-    return row
+    return rows[0] | {f"{name}_sd": np.std([row[name] for row in rows[1:]], 0, ddof=1).tolist()
+                      for name in rows[0]}
 
 
 # ==================================================================================================
