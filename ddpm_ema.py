@@ -993,12 +993,6 @@ def best(rows, metric):
     return min(rows, key=lambda row: cost(row, metric))
 
 
-def clearly(better, worse, metric):
-    """Whether their difference exceeds the root of the summed squares of their spreads."""
-    spread = math.hypot(better.get(f"{metric}_sd", 0), worse.get(f"{metric}_sd", 0))
-    return cost(worse, metric) - cost(better, metric) > spread
-
-
 def settled(log):
     """The last rows of the log, and how the held-out loss of each set of weights settled.
 
@@ -1053,8 +1047,11 @@ def print_rows(rows, fields, keys=("step", "name")):
         peers = [r for r in rows if all(r[k] == row[k] for k in keys[:-1]) and r["name"] != "real"]
         lines.append([cell(row, field) for field in (*keys, *fields)])
         for column, field in enumerate(fields, len(keys)):
-            if field in BETTER and row in peers and not clearly(best(peers, field), row, field):
-                lines[-1][column] = f"**{lines[-1][column]}**"
+            if field in BETTER and row in peers:
+                first = best(peers, field)
+                spread = math.hypot(*(r.get(f"{field}_sd", 0) for r in (first, row)))
+                if not cost(row, field) - cost(first, field) > spread:  # also where none is known
+                    lines[-1][column] = f"**{lines[-1][column]}**"
     print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
 
 
