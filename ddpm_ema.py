@@ -1000,17 +1000,18 @@ def settled(log):
     the differences of successive rows (over 2^½; as von Neumann 1941), None of fewer than three.
     reached: the first step at which it was not above raw's mean over that quarter.
     """
-    last, lines = log[-1]["step"], {}
+    last, late, rows = log[-1]["step"], {}, []
     for row in log:
-        lines.setdefault(row["name"], []).append((row["step"], row["held_out_loss"]))
-    late = {name: [loss for step, loss in line if step >= 0.75 * last]
-            for name, line in lines.items()}
-    level, rows = np.mean(late["raw"]), []
-    for row in [row for row in log if row["step"] == last]:
-        steps = np.diff(late[row["name"]])
-        reached = (step for step, loss in lines[row["name"]] if loss <= level)
-        rows.append(row | {"wobble": np.std(steps).item() / 2**0.5 if len(steps) > 1 else None,
-                           "reached": next(reached, None)})
+        if row["step"] >= 0.75 * last:
+            late.setdefault(row["name"], []).append(row["held_out_loss"])
+    level = np.mean(late["raw"])
+    for row in log:
+        if row["step"] == last:
+            steps = np.diff(late[row["name"]])
+            reached = (r["step"] for r in log
+                       if r["name"] == row["name"] and r["held_out_loss"] <= level)
+            rows.append(row | {"wobble": np.std(steps).item() / 2**0.5 if len(steps) > 1 else None,
+                               "reached": next(reached, None)})
     return rows
 
 
