@@ -1018,13 +1018,12 @@ def settled(log):
 def cell(row, field):
     """What a table shows: 20.4 ± 1.6, as many digits as the spread is worth."""
     value, spread = row.get(field), row.get(f"{field}_sd", 0)
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    if not 0 < spread < math.inf:
+    if 0 < spread < math.inf:
+        digits = max(0, -math.floor(math.log10(spread / 2)))
+        return f"{value:.{digits}f} ± {spread:.{digits}f}"
+    if isinstance(value, float):
         return f"{value:,.{'0f' if abs(value) >= 999.5 else '3g'}}"
-    digits = math.floor(math.log10(spread))
-    digits = max(0, -digits + (spread < 2 * 10**digits))
-    return f"{value:.{digits}f} ± {spread:.{digits}f}"
+    return "-" if value is None else str(value)
 
 
 def print_table(header, lines, keys=2):
