@@ -656,9 +656,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
 import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
@@ -680,54 +678,48 @@ DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
 
 
 class Dataset:
-    """Images [N, C, H, W], with labels [N] and the names of their values where there are any.
+    """Images [N, C, H, W], labels [N], and the names of their values where there are several.
 
     Integers from 0 to 255 are pictures, which x0 scales to [-1, 1]; floats (latents,
     representations) get mean 0 and standard deviation 1 in each channel. bound is the largest |x0|.
     """
 
-    def __init__(self, images, labels=None, names=None):
-        if images.ndim != 4 or 0 in images.shape or len(images) < 20:
-            raise ValueError(f"images have shape {list(images.shape)}; needed are 20 or more, "
-                             "[N, C, H, W] or [N, H, W, C]")
+    def __init__(self, images, labels=None, names=()):
         self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
-        if self.is_pictures and 0 <= images.min() <= images.max() <= 255:
-            self.images = torch.from_numpy(np.ascontiguousarray(images, np.uint8))
-        else:
-            with np.errstate(over="ignore"):  # what is infinite is refused below
-                images = torch.from_numpy(np.ascontiguousarray(images, np.float32))
-            mean = images.mean((0, 2, 3), True, dtype=torch.float64)  # exact for equal values
-            scale = images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
-            self.images = (images - mean.float()) / scale
+        low, high = (0, 255) if self.is_pictures else (-1e30, 1e30)
+        if images.ndim != 4 or len(images) < 20 or not low <= images.min() <= images.max() <= high:
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed are 20 or "
+                             "more, [N, C, H, W] or [N, H, W, C], integers from 0 to 255 or "
+                             "finite floats")
+        dtype = np.uint8 if self.is_pictures else np.float32
+        self.images = torch.from_numpy(np.ascontiguousarray(images, dtype))
+        if not self.is_pictures:
+            mean = self.images.mean((0, 2, 3), True, dtype=torch.float64)  # exact for equal values
+            scale = self.images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
+            self.images = (self.images - mean.float()) / scale
             self.bound = self.images.abs().max().item()
-            if self.is_pictures or not math.isfinite(self.bound):
-                raise ValueError("needed are finite floats, or integers from 0 to 255")
+        labels = np.zeros(len(images), int) if labels is None else labels
+        if labels.shape != (len(images),) or labels.dtype.kind not in "iuU":
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
+                             f"integer or text for each of the {len(images)} images")
+        values, labels = np.unique(labels, return_inverse=True)
+        self.labels, several = torch.from_numpy(labels), len(values) > 1
+        self.names = list(names or map(str, values)) if several else []
         # Without labels the classifier learns to tell quarter turns, or half ones, apart.
-        self.labels, self.names = None, []
-        self.num_classes = 4 if images.shape[2] == images.shape[3] else 2
-        if labels is not None:
-            if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-                raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
-                                 f"integer for each of the {len(images)} images")
-            values, labels = np.unique(labels, return_inverse=True)
-            self.labels, self.num_classes = torch.from_numpy(labels), len(values)
-            self.names = [str(value) if names is None else names[value] for value in values]
+        self.num_classes = len(self.names) or (4 if images.shape[2] == images.shape[3] else 2)
 
     def split(self, device):
         """Training and held-out part: a fifth is held out, at most 4,096, always the same."""
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
         held_out, parts = min(len(order) // 5, 4096), (copy.copy(self), copy.copy(self))
         for part, index in zip(parts, (order[held_out:], order[:held_out])):
-            part.images = self.images[index].to(device)
-            if self.labels is not None:
-                part.labels = self.labels[index].to(device)
+            part.images, part.labels = self.images[index].to(device), self.labels[index].to(device)
         return parts
 
     def x0(self, index):
         """Images as the network sees them, [B, C, H, W] float32."""
-        x0 = self.images[index].float()
-        x0 = (x0 - 127.5) / 127.5 if self.is_pictures else x0
-        return x0.contiguous(memory_format=torch.channels_last)
+        x0 = self.images[index].float().contiguous(memory_format=torch.channels_last)
+        return (x0 - 127.5) / 127.5 if self.is_pictures else x0
 
     def batches(self, count):
         """Yields x0 [<=256, C, H, W] of the first `count` images."""
@@ -738,12 +730,12 @@ class Dataset:
         return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
 
 
-def draw_glyphs(num_images, seed=0):
-    """Characters in random DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
+def draw_glyphs(num_images):
+    """Characters in two DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
 
     Returns images [N, 1, 16, 16] uint8, white on black, and labels [N]: positions in GLYPHS.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     share = 1 / np.arange(1, len(GLYPHS) + 1)  # Zipf's law
     labels = rng.choice(len(GLYPHS), num_images, p=share / share.sum())
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -755,9 +747,8 @@ def draw_glyphs(num_images, seed=0):
         face.set_text(GLYPHS[label], rng.normal(0, 2))
         face.draw_glyphs_to_bitmap()
         glyph = face.get_image()[:32, :32]  # [h, w] uint8
-        h, w = glyph.shape
-        top = np.clip(round((32 - h) / 2 + rng.uniform(-1, 1)), 0, 32 - h)
-        left = np.clip(round((32 - w) / 2 + rng.uniform(-1, 1)), 0, 32 - w)
+        h, w = size = np.array(glyph.shape)
+        top, left = ((32 - size) / 2 + rng.uniform(-1, 1, 2)).clip(0, 32 - size).round().astype(int)
         canvas[i, top:top + h, left:left + w] = glyph
     images = canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5))
     return images.round().astype(np.uint8), labels
@@ -772,17 +763,14 @@ def read_idx(path):
 
 
 def read_pictures(files):
-    """Images of one size; the classes are their folders, where there are several."""
+    """Images of one size; the classes are their folders."""
     images = []
     for path in files:
-        image = np.atleast_3d(matplotlib.image.imread(path))  # [H, W, 1 to 4]; floats from PNG
-        image = image[:, :, :1 if image.shape[2] < 3 else 3]  # no transparency
-        peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max
+        image = np.atleast_3d(matplotlib.image.imread(path))[:, :, :3]  # grey or colour, no alpha
+        peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max  # floats from PNG
         images.append((image * (255 / peak)).round().astype(np.uint8))
     images = np.stack(np.broadcast_arrays(*images))  # grey among colour becomes colour
-    folders, labels = np.unique([str(path.parent) for path in files], return_inverse=True)
-    names = [Path(folder).name for folder in folders]
-    return images.transpose(0, 3, 1, 2), labels if len(names) > 1 else None, names
+    return images.transpose(0, 3, 1, 2), np.array([str(path.parent) for path in files])
 
 
 def download(name):
@@ -799,12 +787,12 @@ def download(name):
 def load_data(source):
     """The Dataset behind --data; whatever is wrong with it is an exception of some kind."""
     if source == "glyphs":
-        return Dataset(*draw_glyphs(24_096), names=list(GLYPHS))
+        return Dataset(*draw_glyphs(24_096), GLYPHS)
     path = download(source) if source in DOWNLOADS else Path(source or "nothing")
     if source == "cifar10":
         with tarfile.open(path / "cifar-10-binary.tar.gz") as tar:
-            batches = [tar.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
-                       for i in range(1, 6)]
+            names = sorted(name for name in tar.getnames() if "data_batch" in name)
+            batches = [tar.extractfile(name).read() for name in names]
         records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
         return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
     if path.suffix == ".npz":
@@ -832,46 +820,32 @@ def load_data(source):
 # Metrics
 # ==================================================================================================
 
-class Classifier(nn.Module):
-    """A small network trained on the data set's own labels; its 64 features are the metric space.
-
-    forward(x [B, C, H, W]) -> features [B, 64], class probabilities [B, K]
-    """
-
-    def __init__(self, channels, num_classes):
-        super().__init__()
-        self.features = nn.Sequential(
+def make_classifier(channels, num_classes):
+    """x [B, C, H, W] -> features [B, 64], the space of the metrics -> logits [B, K] of labels."""
+    return nn.ModuleDict({
+        "features": nn.Sequential(
             nn.Conv2d(channels, 32, 3, 1, 1), norm(32), nn.ReLU(),
             nn.Conv2d(32, 64, 3, 2, 1), norm(64), nn.ReLU(),
             nn.Conv2d(64, 128, 3, 2, 1), norm(128), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU())
-        self.logits = nn.Linear(64, num_classes)
-
-    def forward(self, x):
-        features = self.features(x)
-        return features, self.logits(features).softmax(1)
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU()),
+        "logits": nn.Linear(64, num_classes)})
 
 
 def train_classifier(net, data, num_steps=500, batch_size=128):
-    """Trains a Classifier on the data.
+    """Trains it with all classes equally often, so that rare ones are read as well as others.
 
-    Classes are drawn equally often, so that rare ones are read as well as frequent ones. Where
-    there are no labels it learns by how many quarter turns an image was rotated.
+    Where there are no labels it learns by how many quarter turns an image was rotated.
     """
-    weight = torch.ones(len(data.images))
-    if data.labels is not None:
-        weight = 1 / data.labels.bincount()[data.labels]
+    weight = 1 / data.labels.bincount()[data.labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
     for index in order.split(batch_size):
-        x0 = data.x0(index)  # [B, C, H, W]
-        if data.labels is None:
+        x0, label = data.x0(index), data.labels[index]  # [B, C, H, W], [B]
+        if not data.names:
             label = torch.arange(batch_size) % data.num_classes
-            turns = label * (4 // data.num_classes)
-            x0 = torch.stack([x.rot90(k, (1, 2)) for k, x in zip(turns.tolist(), x0)])
-        else:
-            label = data.labels[index]
+            turns = (label * (4 // data.num_classes)).tolist()
+            x0 = torch.stack([x.rot90(k, (1, 2)) for x, k in zip(x0, turns)])
         optimizer.zero_grad()
         F.cross_entropy(net.logits(net.features(x0)), label).backward()
         optimizer.step()
@@ -908,22 +882,18 @@ def manifold_share(features, reference, k=3):
     Kynkäänniemi et al. 2019 (arXiv:1904.06991, eq. 1): the mean of the answer is precision for
     (samples, real) and recall for (real, samples). Works in tiles: memory is O(N + M).
     """
-    tiles, radii = reference.split(1024), []
-    for tile in tiles:  # k + 1: a point is its own nearest neighbour
-        nearest = [torch.cdist(tile, other).topk(min(k + 1, len(other)), largest=False).values
-                   for other in tiles]
-        radii.append(torch.cat(nearest, 1).sort(1).values[:, k])
-    inside = [torch.stack([(torch.cdist(rows, tile) <= r).any(1) for tile, r in zip(tiles, radii)])
-              for rows in features.split(1024)]
-    return torch.cat([i.any(0) for i in inside])  # [N] bool
+    radius = torch.cat([torch.cdist(rows, reference).kthvalue(k + 1).values  # the first is itself
+                        for rows in reference.split(1024)])  # [M]
+    inside = [(torch.cdist(rows, reference) <= radius).any(1) for rows in features.split(1024)]
+    return torch.cat(inside)  # [N] bool
 
 
 def measure(features, probs, real, num_bootstrap=20):
     """Every metric of samples with features [N, D] and class probabilities [N, K], and its spread.
 
     `real` holds what they are compared with: `moments`, `features` [M, D] and, where the modes
-    are known, their true `shares` [K]. A spread, NAME_sd, is a standard deviation over bootstrap
-    resamples; a resample is how often it drew each row, so that every metric is a weighted sum.
+    are known, their true `shares` [K]. NAME_sd is a standard deviation over bootstrap resamples;
+    one is how often it drew each row, so that every metric is a weighted sum.
 
     fd             Fréchet distance            is    Inception Score, exp E KL(p(y|x) | p(y))
     precision      share of samples within the manifold of the real features; recall: the reverse
@@ -931,35 +901,33 @@ def measure(features, probs, real, num_bootstrap=20):
     tail_share     mass on the rarer half of the modes over its true mass
     covered_modes  modes with more than a quarter of their true share
     legible        share of images whose mode is read with probability above 0.9
-    modes          mass of each mode over its true mass: a list, without a spread
+    modes          mass of each mode over its true mass: a list
     """
-    true, sizes, rows = real["shares"], (len(features), len(real["features"])), []
-    p, confident = probs.double(), (probs.amax(1) > 0.9).double()
+    true, n, m, rows = real["shares"], len(features), len(real["features"]), []
+    p, mode = probs.double(), probs.argmax(1)  # [N, K], [N]
     plogp = (p * p.clamp(min=1e-12).log()).sum(1)  # [N]
-    hits = F.one_hot(probs.argmax(1), probs.shape[1]).double()  # [N, K]
+    confident = (probs.amax(1) > 0.9).double()
     precise = manifold_share(features, real["features"]).double()
     recalled = manifold_share(real["features"], features).double()
     generator = torch.Generator(features.device).manual_seed(0)
     for resample in range(num_bootstrap + 1):  # in the first, each row counts once
         drawn, drawn_real = (
-            torch.randint(n, (n,), device=features.device, generator=generator).bincount(
-                minlength=n).double() if resample else p.new_ones(n) for n in sizes)
-        share, mean = drawn @ hits / drawn.sum(), drawn @ p / drawn.sum()  # [K]
-        entropy = (drawn @ plogp / drawn.sum() - mean @ mean.clamp(min=1e-12).log()).item()
+            torch.randint(size, (size,), device=p.device, generator=generator).bincount(
+                minlength=size).double() if resample else p.new_ones(size) for size in (n, m))
+        share, mean = mode.bincount(drawn, p.shape[1]) / n, drawn @ p / n  # [K]
         row = {"fd": frechet_distance(*moments(features, drawn), *real["moments"]),
-               "is": math.exp(entropy), "precision": (drawn @ precise / drawn.sum()).item(),
-               "recall": (drawn_real @ recalled / drawn_real.sum()).item()}
+               "is": math.exp(drawn @ plogp / n - mean @ mean.clamp(min=1e-12).log()),
+               "precision": (drawn @ precise).item() / n,
+               "recall": (drawn_real @ recalled).item() / m}
         if true is not None:
             rare = true.argsort(descending=True)[len(true) // 2:]
             row |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
                     "covered_modes": (share > true / 4).double().sum().item(),
-                    "legible": (drawn @ confident / drawn.sum()).item()}
+                    "legible": (drawn @ confident).item() / n,
+                    "modes": (share / true).nan_to_num(posinf=0).tolist()}
         rows.append(row)
-    row = rows[0] | {f"{name}_sd": np.std([row[name] for row in rows[1:]], ddof=1).item()
-                     for name in rows[0]}
-    if true is not None:
-        row["modes"] = (hits.mean(0) / true).nan_to_num(posinf=0).tolist()
-    return row
+    return rows[0] | {f"{name}_sd": np.std([row[name] for row in rows[1:]], 0, ddof=1).tolist()
+                      for name in rows[0]}
 
 
 # ==================================================================================================
@@ -1025,12 +993,6 @@ def best(rows, metric):
     return min(rows, key=lambda row: cost(row, metric))
 
 
-def clearly(better, worse, metric):
-    """Whether their difference exceeds the root of the summed squares of their spreads."""
-    spread = math.hypot(better.get(f"{metric}_sd", 0), worse.get(f"{metric}_sd", 0))
-    return cost(worse, metric) - cost(better, metric) > spread
-
-
 def settled(log):
     """The last rows of the log, and how the held-out loss of each set of weights settled.
 
@@ -1038,30 +1000,30 @@ def settled(log):
     the differences of successive rows (over 2^½; as von Neumann 1941), None of fewer than three.
     reached: the first step at which it was not above raw's mean over that quarter.
     """
-    last, lines = log[-1]["step"], {}
+    last, late, rows = log[-1]["step"], {}, []
     for row in log:
-        lines.setdefault(row["name"], []).append((row["step"], row["held_out_loss"]))
-    late = {name: [loss for step, loss in line if step >= 0.75 * last]
-            for name, line in lines.items()}
-    level, rows = np.mean(late["raw"]), []
-    for row in [row for row in log if row["step"] == last]:
-        steps = np.diff(late[row["name"]])
-        reached = (step for step, loss in lines[row["name"]] if loss <= level)
-        rows.append(row | {"wobble": np.std(steps).item() / 2**0.5 if len(steps) > 1 else None,
-                           "reached": next(reached, None)})
+        if row["step"] >= 0.75 * last:
+            late.setdefault(row["name"], []).append(row["held_out_loss"])
+    level = np.mean(late["raw"])
+    for row in log:
+        if row["step"] == last:
+            steps = np.diff(late[row["name"]])
+            reached = (r["step"] for r in log
+                       if r["name"] == row["name"] and r["held_out_loss"] <= level)
+            rows.append(row | {"wobble": np.std(steps).item() / 2**0.5 if len(steps) > 1 else None,
+                               "reached": next(reached, None)})
     return rows
 
 
 def cell(row, field):
     """What a table shows: 20.4 ± 1.6, as many digits as the spread is worth."""
     value, spread = row.get(field), row.get(f"{field}_sd", 0)
-    if not isinstance(value, float):
-        return "-" if value is None else str(value)
-    if not 0 < spread < math.inf:
+    if 0 < spread < math.inf:
+        digits = max(0, -math.floor(math.log10(spread / 2)))
+        return f"{value:.{digits}f} ± {spread:.{digits}f}"
+    if isinstance(value, float):
         return f"{value:,.{'0f' if abs(value) >= 999.5 else '3g'}}"
-    digits = math.floor(math.log10(spread))
-    digits = max(0, -digits + (spread < 2 * 10**digits))
-    return f"{value:.{digits}f} ± {spread:.{digits}f}"
+    return "-" if value is None else str(value)
 
 
 def print_table(header, lines, keys=2):
@@ -1085,8 +1047,11 @@ def print_rows(rows, fields, keys=("step", "name")):
         peers = [r for r in rows if all(r[k] == row[k] for k in keys[:-1]) and r["name"] != "real"]
         lines.append([cell(row, field) for field in (*keys, *fields)])
         for column, field in enumerate(fields, len(keys)):
-            if field in BETTER and row in peers and not clearly(best(peers, field), row, field):
-                lines[-1][column] = f"**{lines[-1][column]}**"
+            if field in BETTER and row in peers:
+                first = best(peers, field)
+                spread = math.hypot(*(r.get(f"{field}_sd", 0) for r in (first, row)))
+                if not cost(row, field) - cost(first, field) > spread:  # also where none is known
+                    lines[-1][column] = f"**{lines[-1][column]}**"
     print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
 
 
@@ -1202,7 +1167,7 @@ class Run:
         self.rows = read_rows(self.out)
         self.check()
         torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
-        self.classifier = Classifier(data.images.shape[1], data.num_classes)
+        self.classifier = make_classifier(data.images.shape[1], data.num_classes)
         if (self.out / "last.pt").exists():
             self.load("last.pt")
             self.saved = self.step
@@ -1376,7 +1341,8 @@ class Run:
         """Features [N, D] and class probabilities [N, K] of batches of x0."""
         pairs = []
         for x0 in batches:
-            own, probs = self.classifier(x0)
+            own = self.classifier.features(x0)
+            probs = self.classifier.logits(own).softmax(1)
             pairs.append((self.features_of(x0) if self.settings.features else own, probs))
             show(f"step {self.step}, {what}: batch {len(pairs)}", keep=False)
         return [torch.cat(parts) for parts in zip(*pairs)]
@@ -1388,7 +1354,7 @@ class Run:
         features, _ = self.features(data.batches(max(count, 10_000)), "training images")
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         shares = None  # of the modes; one may be among the held-out images only
-        if data.labels is not None:
+        if data.names:
             shares = data.labels.bincount(minlength=data.num_classes).double() / len(data.labels)
         return {"moments": moments(features, once), "features": features[:count], "shares": shares}
 
@@ -1740,7 +1706,7 @@ def resolve(given):
         settings["data"] = run["data"]  # in another spelling
     if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
-    s = SimpleNamespace(**settings | {"out": str(out)})
+    s = argparse.Namespace(**settings | {"out": str(out)})
     items = ",".join(s.decay).replace("sweep", SWEEP).split(",")
     s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
     s.decay = list(dict.fromkeys(item for item in items if item != "auto"))
