@@ -1179,7 +1179,7 @@ class Run:
 
     def __init__(self, settings):
         s = self.settings = settings
-        self.out, self.step, self.saved = Path(s.out), 0, -1
+        self.out, self.step = Path(s.out), 0
         self.rank, self.world = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
@@ -1203,10 +1203,7 @@ class Run:
         self.check()
         torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
         self.classifier = Classifier(data.images.shape[1], data.num_classes)
-        if (self.out / "last.pt").exists():
-            self.load("last.pt")
-            self.saved = self.step
-        else:  # on the CPU: there two runs come to the same one
+        if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
             show("training the classifier whose features the metrics use", keep=False)
             train_classifier(self.classifier, data.split("cpu")[0])
         self.classifier.to(self.device).eval()
@@ -1278,60 +1275,53 @@ class Run:
         self.step += 1
 
     def train(self, until):
-        """Trains to step `until`, or loads what an earlier call kept of it.
+        """Loads what an earlier call kept of step `until`, or trains to it from the last save.
 
         First log and save, then one step, so that the last step is no special case.
         """
-        s, kept = self.settings, self.out / f"step-{until}.pt"
-        if kept.exists() or self.step < self.saved:
-            self.load(kept.name if kept.exists() else "last.pt")
-        start = time.perf_counter(), self.step
+        s, last, kept = self.settings, self.out / "last.pt", self.out / f"step-{until}.pt"
+        if kept.exists():
+            return self.load(kept)
+        if last.exists():
+            self.load(last)
+        start, first = time.perf_counter(), self.step
         while True:
             ends = self.step == until
-            logs = ends or self.step % s.log_every == 0
-            saves = (not kept.exists() if ends else
-                     self.step > self.saved and self.step % s.save_every == 0)
+            logs, saves = (ends or self.step % every == 0 for every in (s.log_every, s.save_every))
             if (logs or saves) and not math.isfinite(
                     self.running.sum().item() + self.held_out_loss(1)):
-                stop(f"training diverged before step {self.step}; a lower --lr may help")
+                raise ValueError(f"it diverged before step {self.step}; a lower --lr may help")
             if logs:
-                self.log(*start)
-                start = time.perf_counter(), self.step
+                self.complete(self.names(self.ema.decays), "")
+            if logs and self.step > first:
+                speed = (self.step - first) / (time.perf_counter() - start)
+                show(f"step {self.step}/{s.steps}  loss {self.running[0] / self.running[2]:.4f}  "
+                     f"{speed * s.batch_size:.0f} images/s  "
+                     f"{(s.steps - self.step) / speed / 60:.1f} min left",
+                     keep=not sys.stdout.isatty() or self.step == s.steps)
+            if self.step % s.log_every == 0:  # else the run may go on, with the same means
+                self.running.zero_()
             if saves:
-                self.save(["last.pt", kept.name] if ends else ["last.pt"])
+                self.save(last)
             if ends:
-                return
+                return self.save(kept)
             self.train_step()
 
-    def log(self, since, first):
-        """Adds the rows of losses and distances, unless an interrupted call has done so."""
-        s, count = self.settings, self.step - first
-        self.complete(self.names(self.ema.decays), "")
-        if count:
-            speed = count / (time.perf_counter() - since)
-            show(f"step {self.step}/{s.steps}  loss {self.running[0] / self.running[2]:.4f}  "
-                 f"{speed * s.batch_size:.0f} images/s  "
-                 f"{(s.steps - self.step) / speed / 60:.1f} min left",
-                 keep=not sys.stdout.isatty() or self.step == s.steps)
-        if self.step % s.log_every == 0:  # else the run may go on, with the same means
-            self.running.zero_()
-
-    def save(self, names):
+    def save(self, path):
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {"step": self.step, "running": self.running, "settings": vars(self.settings)}
-        for name in names if self.rank == 0 else ():
-            with replacing(self.out / name) as temporary:
+        if self.rank == 0:
+            with replacing(path) as temporary:
                 torch.save(state, temporary)
         if self.world > 1:
             distributed.barrier()
-        self.saved = self.step
 
-    def load(self, name):
-        state, ours = load_checkpoint(self.out / name), vars(self.settings)
+    def load(self, path):
+        state, ours = load_checkpoint(path), vars(self.settings)
         for key in FIXED:
             if state["settings"][key] != ours[key]:
-                raise ValueError(f"the run in {self.out} has {key} {state['settings'][key]}, not "
-                                 f"{ours[key]}; leave that out, or choose another --out")
+                raise ValueError(f"it has {key} {state['settings'][key]}, not {ours[key]}; leave "
+                                 "that out, or choose another --out")
         for part in self.PARTS:
             getattr(self, part).load_state_dict(state[part])
         self.running.copy_(state["running"])
@@ -1449,7 +1439,7 @@ class Run:
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
         s, step = self.settings, self.step
-        self.complete(self.names([*CANDIDATES, *s.decay]), "")
+        self.complete(self.names([*CANDIDATES, *self.ema.decays, *s.decay]), "")
         names = dict.fromkeys(["real", *self.names(s.decay)])
         if s.auto:
             averages = [self.rows[step, name, ""] for name in self.names(CANDIDATES)[1:]]
