@@ -1207,10 +1207,7 @@ class Run:
             show("training the classifier whose features the metrics use", keep=False)
             train_classifier(self.classifier, data.split("cpu")[0])
         self.classifier.to(self.device).eval()
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with replacing(self.out / "metrics.jsonl") as temporary:  # without torn lines
-                temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def check(self):
         """Fails now where the run would fail later."""
@@ -1424,11 +1421,10 @@ class Run:
             if self.world > 1:
                 parts *= self.world
                 distributed.all_gather_object(parts, parts[0])
-            for row in itertools.chain(*parts):
-                self.rows[key_of(row)] = row
-                if self.rank == 0:
-                    with open(self.out / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
+            self.rows |= {key_of(row): row for row in itertools.chain(*parts)}
+            if self.rank == 0:
+                with replacing(self.out / "metrics.jsonl") as temporary:
+                    temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
             done = min(i + self.world, len(names))
             left = (time.perf_counter() - start) / done * (len(names) - done) / 60
             if samples:
