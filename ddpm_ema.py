@@ -1140,22 +1140,6 @@ def load_checkpoint(path):
     raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
 
 
-def load_features(file, device):
-    """The network in --features, TorchScript: a function x0 [B, C, H, W] -> features [B, D]."""
-    network = torch.jit.load(file, map_location=device).eval()
-    wanted = {"return_features"} & {a.name for a in network.forward.schema.arguments}  # Inception
-
-    def features_of(x0):
-        images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        features = network(images, **dict.fromkeys(wanted, True)).float()
-        if features.dim() != 2 or len(features) != len(x0) or not features.isfinite().all():
-            raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
-                             "finite [B, D]")
-        return features
-
-    return features_of
-
-
 def sketch(moved, size=64):
     """A fixed random linear map of θ - θ_0 [P] to [size], from which trajectories are drawn.
 
@@ -1218,8 +1202,8 @@ class Run:
             with explained(f"--features {s.features}"):
                 if not self.data.is_pictures:
                     raise ValueError("it takes pictures, and these data are floats")
-                self.features_of = load_features(s.features, self.device)
-                self.features_of(next(self.data.batches(2)))
+                self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
+                self.extract(next(self.data.batches(2)))
         probe = EMABank(nn.Linear(1, 1), s.tracked)
         for probe.step in s.stage_steps:
             for decay in s.decay:
@@ -1359,12 +1343,22 @@ class Run:
                 **SAMPLERS[s.sampler])
             yield self.data.round(x0)
 
+    def extract(self, x0):
+        """Features [B, D] of x0 [B, C, H, W] by the network in --features, TorchScript."""
+        images = ((x0 + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        wanted = {"return_features"} & {a.name for a in self.extractor.forward.schema.arguments}
+        features = self.extractor(images, **dict.fromkeys(wanted, True)).float()  # as Inception's
+        if features.dim() != 2 or len(features) != len(x0) or not features.isfinite().all():
+            raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
+                             "finite [B, D]")
+        return features
+
     def features(self, batches, what):
         """Features [N, D] and class probabilities [N, K] of batches of x0."""
         pairs = []
         for x0 in batches:
             own, probs = self.classifier(x0)
-            pairs.append((self.features_of(x0) if self.settings.features else own, probs))
+            pairs.append((self.extract(x0) if self.settings.features else own, probs))
             show(f"step {self.step}, {what}: batch {len(pairs)}", keep=False)
         return [torch.cat(parts) for parts in zip(*pairs)]
 
