@@ -1184,7 +1184,17 @@ class Run:
         self.ema, self.initial = EMABank(self.model, s.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
         self.rows = read_rows(self.out)
-        self.check()
+        self.held_out_loss(1)  # what would fail later fails now: do the shapes fit?
+        torch.empty(s.batch_size, *self.data.images.shape[1:])  # is there room for a batch?
+        probe = EMABank(nn.Linear(1, 1), s.tracked)
+        for probe.step, decay in itertools.product(s.stage_steps, s.decay):
+            probe.error_bound(decay)  # can it be read there?
+        if s.features:
+            with explained(f"--features {s.features}"):
+                if not self.data.is_pictures:
+                    raise ValueError("it takes pictures, and these data are floats")
+                self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
+                self.extract(next(self.data.batches(2)))
         torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
         self.classifier = Classifier(data.images.shape[1], data.num_classes)
         if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
@@ -1192,22 +1202,6 @@ class Run:
             train_classifier(self.classifier, data.split("cpu")[0])
         self.classifier.to(self.device).eval()
         self.out.mkdir(parents=True, exist_ok=True)
-
-    def check(self):
-        """Fails now where the run would fail later."""
-        s = self.settings
-        self.held_out_loss(1)  # do the shapes fit?
-        torch.empty(s.batch_size, *self.data.images.shape[1:])  # is there room for a batch?
-        if s.features:
-            with explained(f"--features {s.features}"):
-                if not self.data.is_pictures:
-                    raise ValueError("it takes pictures, and these data are floats")
-                self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
-                self.extract(next(self.data.batches(2)))
-        probe = EMABank(nn.Linear(1, 1), s.tracked)
-        for probe.step in s.stage_steps:
-            for decay in s.decay:
-                probe.error_bound(decay)  # can it be read there?
 
     def vector(self):
         """All weights that the model has at the moment, [P]."""
