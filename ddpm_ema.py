@@ -1210,13 +1210,10 @@ class Run:
     def network(self, x, t):
         """The model, in bfloat16 on a GPU; gradients are averaged over the processes."""
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            return (self.parallel if torch.is_grad_enabled() else self.model)(x, t)
+            return self.parallel(x, t)
 
     def times(self, u):
-        """Times t [B] to train on, of u [B] that are uniform in (0, 1).
-
-        Logit-normal: rarely the least or the most noise (Esser et al. 2024, arXiv:2403.03206, 3.1).
-        """
+        """Times t [B] of uniform u [B]; logit-normal as in Esser et al. 2024 (arXiv:2403.03206)."""
         if self.settings.logit_normal:
             u = torch.special.ndtri(u).sigmoid()
         return (u * self.diffusion.num_steps).long()
