@@ -1233,10 +1233,9 @@ class Run:
         loss = self.diffusion.loss(self.network, *share).sum() / s.batch_size
         (loss * self.world).backward()  # gradients are averaged over the processes, not summed
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rate = s.lr * min(1, (self.step + 1) / s.warmup)
-        if s.cooldown:
-            rate *= min(1, (s.steps - self.step) / (s.cooldown * s.steps))
-        self.optimizer.param_groups[0]["lr"] = rate
+        warm = min(1, (self.step + 1) / s.warmup)
+        cool = min(1, (s.steps - self.step) / max(s.cooldown * s.steps, 1))
+        self.optimizer.param_groups[0]["lr"] = s.lr * warm * cool
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
