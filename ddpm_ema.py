@@ -1396,7 +1396,7 @@ class Run:
 
     @torch.no_grad()
     def complete(self, names, samples):
-        """Adds the rows that are lacking, as many at once as there are processes."""
+        """Adds the rows that are lacking, a row by each process at a time; returns their names."""
         names = [name for name in names if (self.step, name, samples) not in self.rows]
         start = time.perf_counter()
         self.model.eval()
@@ -1414,28 +1414,29 @@ class Run:
             if samples:
                 show(f"step {self.step}, {samples}: {done} of {len(names)} rows, "
                      f"{left:.1f} min left", keep=done == len(names))
+        return names
 
     @torch.no_grad()
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
-        s, step = self.settings, self.step
+        s, step, images = self.settings, self.step, []
         self.complete(self.names([*CANDIDATES, *self.ema.decays, *s.decay]), "")
         names = dict.fromkeys(["real", *self.names(s.decay)])
         if s.auto:
             averages = [self.rows[step, name, ""] for name in self.names(CANDIDATES)[1:]]
             names[best(averages, "held_out_loss")["name"]] = None
-        lacks = any((step, name, s.samples) not in self.rows for name in names)
-        self.complete(names, s.samples)
-        rows, images = [self.rows[step, name, s.samples] for name in names], []
-        for name in names if self.rank == 0 else ():
+        added = self.complete(names, s.samples)
+        if self.rank:
+            return
+        for name in names:
             with self.weights(name):
                 batches = self.data.batches(8) if name == "real" else self.draw(8)
                 images.append(next(batches).cpu())
-        if self.rank == 0:  # so that one who stops here has the table so far
-            plot_samples(self.out / "samples.png", rows, images)
-            write_csv(self.out / "results.csv", self.rows.values())
-            if lacks and step < s.stage_steps[-1]:
-                print_rows(rows, known(rows))
+        rows = [self.rows[step, name, s.samples] for name in names]
+        plot_samples(self.out / "samples.png", rows, images)
+        write_csv(self.out / "results.csv", self.rows.values())  # also for one who stops here
+        if added and step < s.stage_steps[-1]:
+            print_rows(rows, known(rows))
 
     def describe(self):
         """Says what will run, and what follows from it."""
