@@ -1303,13 +1303,13 @@ class Run:
         names = ["raw"]
         for decay in decays:
             names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
-        return list(dict.fromkeys(names))
+        return names
 
-    def weights(self, name):
-        """The model has these weights inside the with block."""
-        if name in ("raw", "real"):
+    def weights(self, row):
+        """The model has the weights of this row inside the with block."""
+        if row["name"] in ("raw", "real"):
             return contextlib.nullcontext()
-        return self.ema.applied(name.removesuffix(" debiased"), debias=name.endswith("debiased"))
+        return self.ema.applied(row["decay"], row["debiased"])
 
     @torch.no_grad()
     def held_out_loss(self, num_images=256):
@@ -1377,7 +1377,7 @@ class Run:
             log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
             row |= {"horizon": -1 / math.expm1(log),
                     "half_life_images": -math.log(2) / log * self.settings.batch_size}
-        with self.weights(name):
+        with self.weights(row):
             if name != "real":
                 row["held_out_loss"] = self.held_out_loss()
             if samples:
@@ -1396,12 +1396,12 @@ class Run:
 
     @torch.no_grad()
     def complete(self, names, samples):
-        """Adds the rows that are lacking, a row by each process at a time; returns their names."""
-        names = [name for name in names if (self.step, name, samples) not in self.rows]
-        start = time.perf_counter()
+        """The rows of these weights; of those that are lacking each process measures one at a time."""
+        names, start = list(dict.fromkeys(names)), time.perf_counter()
+        lacking = [name for name in names if (self.step, name, samples) not in self.rows]
         self.model.eval()
-        for i in range(0, len(names), self.world):
-            parts = [[self.measured(name, samples) for name in names[i + self.rank:][:1]]]
+        for i in range(0, len(lacking), self.world):
+            parts = [[self.measured(name, samples) for name in lacking[i + self.rank:][:1]]]
             if self.world > 1:
                 parts *= self.world
                 distributed.all_gather_object(parts, parts[0])
@@ -1409,33 +1409,32 @@ class Run:
             if self.rank == 0:
                 with replacing(self.out / "metrics.jsonl") as temporary:
                     temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
-            done = min(i + self.world, len(names))
-            left = (time.perf_counter() - start) / done * (len(names) - done) / 60
+            done = min(i + self.world, len(lacking))
+            left = (time.perf_counter() - start) / done * (len(lacking) - done) / 60
             if samples:
-                show(f"step {self.step}, {samples}: {done} of {len(names)} rows, "
-                     f"{left:.1f} min left", keep=done == len(names))
-        return names
+                show(f"step {self.step}, {samples}: {done} of {len(lacking)} rows, "
+                     f"{left:.1f} min left", keep=done == len(lacking))
+        return [self.rows[self.step, name, samples] for name in names]
 
     @torch.no_grad()
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
-        s, step, images = self.settings, self.step, []
-        self.complete(self.names([*CANDIDATES, *self.ema.decays, *s.decay]), "")
-        names = dict.fromkeys(["real", *self.names(s.decay)])
+        s, images = self.settings, []
+        _, *averages = self.complete(self.names(CANDIDATES), "")
+        self.complete(self.names([*self.ema.decays, *s.decay]), "")
+        names, before = ["real", *self.names(s.decay)], len(self.rows)
         if s.auto:
-            averages = [self.rows[step, name, ""] for name in self.names(CANDIDATES)[1:]]
-            names[best(averages, "held_out_loss")["name"]] = None
-        added = self.complete(names, s.samples)
+            names.append(best(averages, "held_out_loss")["name"])
+        rows = self.complete(names, s.samples)
         if self.rank:
             return
-        for name in names:
-            with self.weights(name):
-                batches = self.data.batches(8) if name == "real" else self.draw(8)
+        for row in rows:
+            with self.weights(row):
+                batches = self.data.batches(8) if row["name"] == "real" else self.draw(8)
                 images.append(next(batches).cpu())
-        rows = [self.rows[step, name, s.samples] for name in names]
         plot_samples(self.out / "samples.png", rows, images)
         write_csv(self.out / "results.csv", self.rows.values())  # also for one who stops here
-        if added and step < s.stage_steps[-1]:
+        if len(self.rows) > before and self.step < s.stage_steps[-1]:
             print_rows(rows, known(rows))
 
     def describe(self):
