@@ -1141,10 +1141,7 @@ def load_checkpoint(path):
 
 
 def sketch(moved, size=64):
-    """A fixed random linear map of θ - θ_0 [P] to [size], from which trajectories are drawn.
-
-    A count sketch (Charikar et al. 2002): it keeps distances to about 1 / (2 size)^½, 9%.
-    """
+    """Count sketch of θ - θ_0 [P] (Charikar et al. 2002): it keeps distances to about 9%."""
     signs = 2 * torch.randint(2, moved.shape, generator=torch.Generator().manual_seed(0)) - 1
     folded = F.pad(moved * signs.to(moved), (0, -len(moved) % size)).view(-1, size).sum(0)
     return [float(f"{value:.6g}") for value in folded.tolist()]
@@ -1246,17 +1243,14 @@ class Run:
         self.step += 1
 
     def train(self, until):
-        """Loads what an earlier call kept of step `until`, or trains to it from the last save.
-
-        First log and save, then one step, so that the last step is no special case.
-        """
+        """Loads what an earlier call kept of step `until`, or trains to it from the last save."""
         s, last, kept = self.settings, self.out / "last.pt", self.out / f"step-{until}.pt"
         if kept.exists():
             return self.load(kept)
         if last.exists():
             self.load(last)
         start, first = time.perf_counter(), self.step
-        while True:
+        while True:  # log and save, then one step: so the last step is no special case
             ends = self.step == until
             logs, saves = (ends or self.step % every == 0 for every in (s.log_every, s.save_every))
             if (logs or saves) and not math.isfinite(
@@ -1396,7 +1390,7 @@ class Run:
 
     @torch.no_grad()
     def complete(self, names, samples):
-        """The rows of these weights; of those that are lacking each process measures one at a time."""
+        """The rows of these weights; each process measures one of those that lack at a time."""
         names, start = list(dict.fromkeys(names)), time.perf_counter()
         lacking = [name for name in names if (self.step, name, samples) not in self.rows]
         self.model.eval()
