@@ -1150,10 +1150,9 @@ def sketch(moved, size=64):
 class Run:
     """One training run and all that belongs to it; its rows, {key: row}, are what leaves it.
 
-    `settings` are what the flags and the preset say, see SETTINGS and PRESETS. In its folder
-    last.pt holds all of the run but its rows, step-N.pt the same at a stage. Under torchrun every
-    process has the same weights, averages and rows, trains on its share of each batch and measures
-    its share of the rows; rank 0 writes.
+    `settings` are those of SETTINGS and PRESETS. In the run's folder last.pt holds all but its
+    rows, step-N.pt the same at a stage. Under torchrun every process has all weights, averages and
+    rows, trains on its share of each batch and measures its share of the rows; rank 0 writes.
     """
 
     PARTS = ("model", "optimizer", "ema", "classifier")
@@ -1359,8 +1358,7 @@ class Run:
 
     def measured(self, name, samples):
         """The row of some weights: their losses and distances, and how good their samples are."""
-        raw = self.vector()
-        decay = name.removesuffix(" debiased")
+        s, raw, decay = self.settings, self.vector(), name.removesuffix(" debiased")
         row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
                "debiased": decay != name}
         if name == "raw":
@@ -1370,15 +1368,14 @@ class Run:
         if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
             log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
             row |= {"horizon": -1 / math.expm1(log),
-                    "half_life_images": -math.log(2) / log * self.settings.batch_size}
+                    "half_life_images": -math.log(2) / log * s.batch_size}
         with self.weights(row):
             if name != "real":
                 row["held_out_loss"] = self.held_out_loss()
             if samples:
                 batches = self.held_out.batches if name == "real" else self.draw
-                metrics = measure(*self.features(batches(self.settings.num_samples), name),
-                                  self.reference)
-                fd = "fid" if self.settings.features else "fd"
+                features = self.features(batches(s.num_samples), name)
+                fd, metrics = "fid" if s.features else "fd", measure(*features, self.reference)
                 return row | {metric.replace("fd", fd): metrics[metric] for metric in metrics}
             moved = self.vector() - self.initial
             row |= {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
