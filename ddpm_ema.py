@@ -1105,27 +1105,8 @@ def load_checkpoint(path):
     raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
 
 
-def load_features(file, device):
-    """The network in --features, TorchScript: a function x0 [B, C, H, W] -> features [B, D]."""
-    network = torch.jit.load(file, map_location=device).eval()
-    wanted = {"return_features"} & {a.name for a in network.forward.schema.arguments}  # Inception
-
-    def features_of(x0):
-        images = ((x0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        features = network(images, **dict.fromkeys(wanted, True)).float()
-        if features.dim() != 2 or len(features) != len(x0) or not features.isfinite().all():
-            raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
-                             "finite [B, D]")
-        return features
-
-    return features_of
-
-
 def sketch(moved, size=64):
-    """A fixed random linear map of θ - θ_0 [P] to [size], from which trajectories are drawn.
-
-    A count sketch (Charikar et al. 2002): it keeps distances to about 1 / (2 size)^½, 9%.
-    """
+    """Count sketch of θ - θ_0 [P] (Charikar et al. 2002): it keeps distances to about 9%."""
     signs = 2 * torch.randint(2, moved.shape, generator=torch.Generator().manual_seed(0)) - 1
     folded = F.pad(moved * signs.to(moved), (0, -len(moved) % size)).view(-1, size).sum(0)
     return [float(f"{value:.6g}") for value in folded.tolist()]
@@ -1134,17 +1115,16 @@ def sketch(moved, size=64):
 class Run:
     """One training run and all that belongs to it; its rows, {key: row}, are what leaves it.
 
-    `settings` are what the flags and the preset say, see SETTINGS and PRESETS. In its folder
-    last.pt holds all of the run but its rows, step-N.pt the same at a stage. Under torchrun every
-    process has the same weights, averages and rows, trains on its share of each batch and measures
-    its share of the rows; rank 0 writes.
+    `settings` are those of SETTINGS and PRESETS. In the run's folder last.pt holds all but its
+    rows, step-N.pt the same at a stage. Under torchrun every process has all weights, averages and
+    rows, trains on its share of each batch and measures its share of the rows; rank 0 writes.
     """
 
     PARTS = ("model", "optimizer", "ema", "classifier")
 
     def __init__(self, settings):
         s = self.settings = settings
-        self.out, self.step, self.saved = Path(s.out), 0, -1
+        self.out, self.step = Path(s.out), 0
         self.rank, self.world = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
@@ -1165,36 +1145,24 @@ class Run:
         self.ema, self.initial = EMABank(self.model, s.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
         self.rows = read_rows(self.out)
-        self.check()
-        torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
-        self.classifier = make_classifier(data.images.shape[1], data.num_classes)
-        if (self.out / "last.pt").exists():
-            self.load("last.pt")
-            self.saved = self.step
-        else:  # on the CPU: there two runs come to the same one
-            show("training the classifier whose features the metrics use", keep=False)
-            train_classifier(self.classifier, data.split("cpu")[0])
-        self.classifier.to(self.device).eval()
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with replacing(self.out / "metrics.jsonl") as temporary:  # without torn lines
-                temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
-
-    def check(self):
-        """Fails now where the run would fail later."""
-        s = self.settings
-        self.held_out_loss(1)  # do the shapes fit?
+        self.held_out_loss(1)  # what would fail later fails now: do the shapes fit?
         torch.empty(s.batch_size, *self.data.images.shape[1:])  # is there room for a batch?
+        probe = EMABank(nn.Linear(1, 1), s.tracked)
+        for probe.step, decay in itertools.product(s.stage_steps, s.decay):
+            probe.error_bound(decay)  # can it be read there?
         if s.features:
             with explained(f"--features {s.features}"):
                 if not self.data.is_pictures:
                     raise ValueError("it takes pictures, and these data are floats")
-                self.features_of = load_features(s.features, self.device)
-                self.features_of(next(self.data.batches(2)))
-        probe = EMABank(nn.Linear(1, 1), s.tracked)
-        for probe.step in s.stage_steps:
-            for decay in s.decay:
-                probe.error_bound(decay)  # can it be read there?
+                self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
+                self.extract(next(self.data.batches(2)))
+        torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
+        self.classifier = make_classifier(data.images.shape[1], data.num_classes)
+        if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
+            show("training the classifier whose features the metrics use", keep=False)
+            train_classifier(self.classifier, data.split("cpu")[0])
+        self.classifier.to(self.device).eval()
+        self.out.mkdir(parents=True, exist_ok=True)
 
     def vector(self):
         """All weights that the model has at the moment, [P]."""
@@ -1203,13 +1171,10 @@ class Run:
     def network(self, x, t):
         """The model, in bfloat16 on a GPU; gradients are averaged over the processes."""
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            return (self.parallel if torch.is_grad_enabled() else self.model)(x, t)
+            return self.parallel(x, t)
 
     def times(self, u):
-        """Times t [B] to train on, of u [B] that are uniform in (0, 1).
-
-        Logit-normal: rarely the least or the most noise (Esser et al. 2024, arXiv:2403.03206, 3.1).
-        """
+        """Times t [B] of uniform u [B]; logit-normal as in Esser et al. 2024 (arXiv:2403.03206)."""
         if self.settings.logit_normal:
             u = torch.special.ndtri(u).sigmoid()
         return (u * self.diffusion.num_steps).long()
@@ -1229,10 +1194,9 @@ class Run:
         loss = self.diffusion.loss(self.network, *share).sum() / s.batch_size
         (loss * self.world).backward()  # gradients are averaged over the processes, not summed
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        rate = s.lr * min(1, (self.step + 1) / s.warmup)
-        if s.cooldown:
-            rate *= min(1, (s.steps - self.step) / (s.cooldown * s.steps))
-        self.optimizer.param_groups[0]["lr"] = rate
+        warm = min(1, (self.step + 1) / s.warmup)
+        cool = min(1, (s.steps - self.step) / max(s.cooldown * s.steps, 1))
+        self.optimizer.param_groups[0]["lr"] = s.lr * warm * cool
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
@@ -1243,60 +1207,50 @@ class Run:
         self.step += 1
 
     def train(self, until):
-        """Trains to step `until`, or loads what an earlier call kept of it.
-
-        First log and save, then one step, so that the last step is no special case.
-        """
-        s, kept = self.settings, self.out / f"step-{until}.pt"
-        if kept.exists() or self.step < self.saved:
-            self.load(kept.name if kept.exists() else "last.pt")
-        start = time.perf_counter(), self.step
-        while True:
+        """Loads what an earlier call kept of step `until`, or trains to it from the last save."""
+        s, last, kept = self.settings, self.out / "last.pt", self.out / f"step-{until}.pt"
+        if kept.exists():
+            return self.load(kept)
+        if last.exists():
+            self.load(last)
+        start, first = time.perf_counter(), self.step
+        while True:  # log and save, then one step: so the last step is no special case
             ends = self.step == until
-            logs = ends or self.step % s.log_every == 0
-            saves = (not kept.exists() if ends else
-                     self.step > self.saved and self.step % s.save_every == 0)
+            logs, saves = (ends or self.step % every == 0 for every in (s.log_every, s.save_every))
             if (logs or saves) and not math.isfinite(
                     self.running.sum().item() + self.held_out_loss(1)):
-                stop(f"training diverged before step {self.step}; a lower --lr may help")
+                raise ValueError(f"it diverged before step {self.step}; a lower --lr may help")
             if logs:
-                self.log(*start)
-                start = time.perf_counter(), self.step
+                self.complete(self.names(self.ema.decays), "")
+            if logs and self.step > first:
+                speed = (self.step - first) / (time.perf_counter() - start)
+                show(f"step {self.step}/{s.steps}  loss {self.running[0] / self.running[2]:.4f}  "
+                     f"{speed * s.batch_size:.0f} images/s  "
+                     f"{(s.steps - self.step) / speed / 60:.1f} min left",
+                     keep=not sys.stdout.isatty() or self.step == s.steps)
+            if self.step % s.log_every == 0:  # else the run may go on, with the same means
+                self.running.zero_()
             if saves:
-                self.save(["last.pt", kept.name] if ends else ["last.pt"])
+                self.save(last)
             if ends:
-                return
+                return self.save(kept)
             self.train_step()
 
-    def log(self, since, first):
-        """Adds the rows of losses and distances, unless an interrupted call has done so."""
-        s, count = self.settings, self.step - first
-        self.complete(self.names(self.ema.decays), "")
-        if count:
-            speed = count / (time.perf_counter() - since)
-            show(f"step {self.step}/{s.steps}  loss {self.running[0] / self.running[2]:.4f}  "
-                 f"{speed * s.batch_size:.0f} images/s  "
-                 f"{(s.steps - self.step) / speed / 60:.1f} min left",
-                 keep=not sys.stdout.isatty() or self.step == s.steps)
-        if self.step % s.log_every == 0:  # else the run may go on, with the same means
-            self.running.zero_()
-
-    def save(self, names):
+    def save(self, path):
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {"step": self.step, "running": self.running, "settings": vars(self.settings)}
-        for name in names if self.rank == 0 else ():
-            with replacing(self.out / name) as temporary:
+        if self.rank == 0:
+            with replacing(path) as temporary:
                 torch.save(state, temporary)
         if self.world > 1:
             distributed.barrier()
-        self.saved = self.step
 
-    def load(self, name):
-        state, ours = load_checkpoint(self.out / name), vars(self.settings)
+    def load(self, path):
+        state, ours = load_checkpoint(path), vars(self.settings)
         for key in FIXED:
             if state["settings"][key] != ours[key]:
-                raise ValueError(f"the run in {self.out} has {key} {state['settings'][key]}, not "
-                                 f"{ours[key]}; leave that out, or choose another --out")
+                raise ValueError(f"it has {key} {state['settings'][key]}, not {ours[key]}; leave "
+                                 "that out, or choose another --out")
         for part in self.PARTS:
             getattr(self, part).load_state_dict(state[part])
         self.running.copy_(state["running"])
@@ -1307,13 +1261,13 @@ class Run:
         names = ["raw"]
         for decay in decays:
             names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
-        return list(dict.fromkeys(names))
+        return names
 
-    def weights(self, name):
-        """The model has these weights inside the with block."""
-        if name in ("raw", "real"):
+    def weights(self, row):
+        """The model has the weights of this row inside the with block."""
+        if row["name"] in ("raw", "real"):
             return contextlib.nullcontext()
-        return self.ema.applied(name.removesuffix(" debiased"), debias=name.endswith("debiased"))
+        return self.ema.applied(row["decay"], row["debiased"])
 
     @torch.no_grad()
     def held_out_loss(self, num_images=256):
@@ -1337,13 +1291,23 @@ class Run:
                 **SAMPLERS[s.sampler])
             yield self.data.round(x0)
 
+    def extract(self, x0):
+        """Features [B, D] of x0 [B, C, H, W] by the network in --features, TorchScript."""
+        images = ((x0 + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+        wanted = {"return_features"} & {a.name for a in self.extractor.forward.schema.arguments}
+        features = self.extractor(images, **dict.fromkeys(wanted, True)).float()  # as Inception's
+        if features.dim() != 2 or len(features) != len(x0) or not features.isfinite().all():
+            raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
+                             "finite [B, D]")
+        return features
+
     def features(self, batches, what):
         """Features [N, D] and class probabilities [N, K] of batches of x0."""
         pairs = []
         for x0 in batches:
             own = self.classifier.features(x0)
             probs = self.classifier.logits(own).softmax(1)
-            pairs.append((self.features_of(x0) if self.settings.features else own, probs))
+            pairs.append((self.extract(x0) if self.settings.features else own, probs))
             show(f"step {self.step}, {what}: batch {len(pairs)}", keep=False)
         return [torch.cat(parts) for parts in zip(*pairs)]
 
@@ -1360,8 +1324,7 @@ class Run:
 
     def measured(self, name, samples):
         """The row of some weights: their losses and distances, and how good their samples are."""
-        raw = self.vector()
-        decay = name.removesuffix(" debiased")
+        s, raw, decay = self.settings, self.vector(), name.removesuffix(" debiased")
         row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
                "debiased": decay != name}
         if name == "raw":
@@ -1371,15 +1334,14 @@ class Run:
         if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
             log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
             row |= {"horizon": -1 / math.expm1(log),
-                    "half_life_images": -math.log(2) / log * self.settings.batch_size}
-        with self.weights(name):
+                    "half_life_images": -math.log(2) / log * s.batch_size}
+        with self.weights(row):
             if name != "real":
                 row["held_out_loss"] = self.held_out_loss()
             if samples:
                 batches = self.held_out.batches if name == "real" else self.draw
-                metrics = measure(*self.features(batches(self.settings.num_samples), name),
-                                  self.reference)
-                fd = "fid" if self.settings.features else "fd"
+                features = self.features(batches(s.num_samples), name)
+                fd, metrics = "fid" if s.features else "fd", measure(*features, self.reference)
                 return row | {metric.replace("fd", fd): metrics[metric] for metric in metrics}
             moved = self.vector() - self.initial
             row |= {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
@@ -1391,47 +1353,46 @@ class Run:
 
     @torch.no_grad()
     def complete(self, names, samples):
-        """Adds the rows that are lacking, as many at once as there are processes."""
-        names = [name for name in names if (self.step, name, samples) not in self.rows]
-        start = time.perf_counter()
+        """The rows of these weights; each process measures one of those that lack at a time."""
+        names, start = list(dict.fromkeys(names)), time.perf_counter()
+        lacking = [name for name in names if (self.step, name, samples) not in self.rows]
         self.model.eval()
-        for i in range(0, len(names), self.world):
-            parts = [[self.measured(name, samples) for name in names[i + self.rank:][:1]]]
+        for i in range(0, len(lacking), self.world):
+            parts = [[self.measured(name, samples) for name in lacking[i + self.rank:][:1]]]
             if self.world > 1:
                 parts *= self.world
                 distributed.all_gather_object(parts, parts[0])
-            for row in itertools.chain(*parts):
-                self.rows[key_of(row)] = row
-                if self.rank == 0:
-                    with open(self.out / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
-            done = min(i + self.world, len(names))
-            left = (time.perf_counter() - start) / done * (len(names) - done) / 60
+            self.rows |= {key_of(row): row for row in itertools.chain(*parts)}
+            if self.rank == 0:
+                with replacing(self.out / "metrics.jsonl") as temporary:
+                    temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
+            done = min(i + self.world, len(lacking))
+            left = (time.perf_counter() - start) / done * (len(lacking) - done) / 60
             if samples:
-                show(f"step {self.step}, {samples}: {done} of {len(names)} rows, "
-                     f"{left:.1f} min left", keep=done == len(names))
+                show(f"step {self.step}, {samples}: {done} of {len(lacking)} rows, "
+                     f"{left:.1f} min left", keep=done == len(lacking))
+        return [self.rows[self.step, name, samples] for name in names]
 
     @torch.no_grad()
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
-        s, step = self.settings, self.step
-        self.complete(self.names([*CANDIDATES, *s.decay]), "")
-        names = dict.fromkeys(["real", *self.names(s.decay)])
+        s, images = self.settings, []
+        _, *averages = self.complete(self.names(CANDIDATES), "")
+        self.complete(self.names([*self.ema.decays, *s.decay]), "")
+        names, before = ["real", *self.names(s.decay)], len(self.rows)
         if s.auto:
-            averages = [self.rows[step, name, ""] for name in self.names(CANDIDATES)[1:]]
-            names[best(averages, "held_out_loss")["name"]] = None
-        lacks = any((step, name, s.samples) not in self.rows for name in names)
-        self.complete(names, s.samples)
-        rows, images = [self.rows[step, name, s.samples] for name in names], []
-        for name in names if self.rank == 0 else ():
-            with self.weights(name):
-                batches = self.data.batches(8) if name == "real" else self.draw(8)
+            names.append(best(averages, "held_out_loss")["name"])
+        rows = self.complete(names, s.samples)
+        if self.rank:
+            return
+        for row in rows:
+            with self.weights(row):
+                batches = self.data.batches(8) if row["name"] == "real" else self.draw(8)
                 images.append(next(batches).cpu())
-        if self.rank == 0:  # so that one who stops here has the table so far
-            plot_samples(self.out / "samples.png", rows, images)
-            write_csv(self.out / "results.csv", self.rows.values())
-            if lacks and step < s.stage_steps[-1]:
-                print_rows(rows, known(rows))
+        plot_samples(self.out / "samples.png", rows, images)
+        write_csv(self.out / "results.csv", self.rows.values())  # also for one who stops here
+        if len(self.rows) > before and self.step < s.stage_steps[-1]:
+            print_rows(rows, known(rows))
 
     def describe(self):
         """Says what will run, and what follows from it."""
