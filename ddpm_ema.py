@@ -686,7 +686,7 @@ class Dataset:
 
     def __init__(self, images, labels=None, names=()):
         self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
-        low, high = (0, 255) if self.is_pictures else (-1e30, 1e30)
+        low, high = (0, 255) if self.is_pictures else (-1e18, 1e18)
         if images.ndim != 4 or len(images) < 20 or not low <= images.min() <= images.max() <= high:
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed are 20 or "
                              "more, [N, C, H, W] or [N, H, W, C], integers from 0 to 255 or "
@@ -1219,7 +1219,7 @@ class Run:
             logs, saves = (ends or self.step % every == 0 for every in (s.log_every, s.save_every))
             if (logs or saves) and not math.isfinite(
                     self.running.sum().item() + self.held_out_loss(1)):
-                raise ValueError(f"it diverged before step {self.step}; a lower --lr may help")
+                raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
             if logs:
                 self.complete(self.names(self.ema.decays), "")
             if logs and self.step > first:
@@ -1249,8 +1249,8 @@ class Run:
         state, ours = load_checkpoint(path), vars(self.settings)
         for key in FIXED:
             if state["settings"][key] != ours[key]:
-                raise ValueError(f"it has {key} {state['settings'][key]}, not {ours[key]}; leave "
-                                 "that out, or choose another --out")
+                raise ValueError(f"the run in {self.out} has {key} {state['settings'][key]}, not "
+                                 f"{ours[key]}; leave that out, or choose another --out")
         for part in self.PARTS:
             getattr(self, part).load_state_dict(state[part])
         self.running.copy_(state["running"])
@@ -1506,8 +1506,8 @@ def plot_samples(path, rows, images):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
     axis.axhline(raw[metric], color="black", label="raw weights")
-    draw_panel(axis, "What the decay does", rows, "horizon", metric, "step")
-    right.suptitle("The same noise through each set of weights")
+    draw_panel(axis, "What the decay does", rows, "horizon", metric, "samples")
+    right.suptitle(f"Step {raw['step']}: the same noise through each set of weights")
     for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # latents: a channel
         strip = F.pad((x0 + 1) / 2, (0, 1), value=1.0).clamp(0, 1)  # white in between
@@ -1515,9 +1515,11 @@ def plot_samples(path, rows, images):
         axis.imshow(strip, interpolation="nearest")
         axis.set_axis_off()
         height, width, _ = strip.shape
+        text = f"{NAMES[metric]} {cell(row, metric)}"
+        if row.get("init_share", 0) > 1e-3 and not row["debiased"]:
+            text += f"\ninitial weights {row['init_share']:.0%}"
         axis.text(-2, height / 2, row["name"].replace(" ", "\n"), ha="right", va="center")
-        axis.text(width + 1, height / 2, f"{NAMES[metric]} {cell(row, metric)}\n"
-                  f"init share {cell(row, 'init_share')}", va="center")
+        axis.text(width + 1, height / 2, text, va="center")
     with replacing(path) as draft:
         figure.savefig(draft)
 
