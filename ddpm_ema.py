@@ -1082,14 +1082,14 @@ def stop(message):
 
 
 @contextlib.contextmanager
-def explained(what):
+def explained(where=""):
     """Any failure inside ends the program with one line; DDPM_EMA_DEBUG=1 shows where it was."""
     try:
         yield
     except Exception as error:
         if os.environ.get("DDPM_EMA_DEBUG") == "1":
             raise
-        stop(f"{what}: {error or type(error).__name__}")
+        stop(f"{where}{error or type(error).__name__}")
 
 
 def seed_of(stream, seed, index=0):
@@ -1131,7 +1131,7 @@ class Run:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if self.world > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        with explained(f"--data {s.data}"):
+        with explained(f"--data {s.data}: "):
             data = load_data(s.data)
             self.data, self.held_out = data.split(self.device)
         s.data_shape = [*self.data.images.shape, data.num_classes]
@@ -1151,7 +1151,7 @@ class Run:
         for probe.step, decay in itertools.product(s.stage_steps, s.decay):
             probe.error_bound(decay)  # can it be read there?
         if s.features:
-            with explained(f"--features {s.features}"):
+            with explained(f"--features {s.features}: "):
                 if not self.data.is_pictures:
                     raise ValueError("it takes pictures, and these data are floats")
                 self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
@@ -1646,7 +1646,8 @@ def read_flags(flags, doc, argv=None):
     parser.error = stop  # one line instead of argparse's usage text
     for name, (default, text, read) in flags.items():
         flag = f"--{name.replace('_', '-')}"
-        takes = {"choices": read} if isinstance(read, tuple) else {"type": explained(flag)(read)}
+        checked = explained(f"{flag}: ")  # what a reader raises, as one line
+        takes = {"choices": read} if isinstance(read, tuple) else {"type": checked(read)}
         default = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(flag, help=f"{text} [{default}]", nargs="+" if default == () else None,
                             **takes)
@@ -1698,7 +1699,7 @@ def finished(folder):
     return [(settings | {"samples": samples}, rows) for samples in kinds]
 
 
-@explained("cannot go on")
+@explained()
 def main(argv=None):
     given = read_flags(SETTINGS, __doc__, argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name

@@ -406,7 +406,7 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="backslashreplace")
     rows, end, code = [], "table and pictures", 0
     try:
-        with explained(f"run in {settings['out']}"):
+        with explained(f"run in {settings['out']}: "):
             run(rows, **settings)
     except KeyboardInterrupt:
         end, code = "stopped; the stages that were reached", 130
