@@ -688,9 +688,8 @@ class Dataset:
         self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
         low, high = (0, 255) if self.is_pictures else (-1e18, 1e18)
         if images.ndim != 4 or len(images) < 20 or not low <= images.min() <= images.max() <= high:
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed are 20 or "
-                             "more, [N, C, H, W] or [N, H, W, C], integers from 0 to 255 or "
-                             "finite floats")
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed: 20 or more, "
+                             "[N, C, H, W] or [N, H, W, C], integers 0 to 255 or finite floats")
         dtype = np.uint8 if self.is_pictures else np.float32
         self.images = torch.from_numpy(np.ascontiguousarray(images, dtype))
         if not self.is_pictures:
@@ -703,8 +702,8 @@ class Dataset:
             raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
                              f"integer or text for each of the {len(images)} images")
         values, labels = np.unique(labels, return_inverse=True)
-        self.labels, several = torch.from_numpy(labels), len(values) > 1
-        self.names = list(names or map(str, values)) if several else []
+        self.labels = torch.from_numpy(labels)
+        self.names = list(names or map(str, values)) if len(values) > 1 else []
         # Without labels the classifier learns to tell quarter turns, or half ones, apart.
         self.num_classes = len(self.names) or (4 if images.shape[2] == images.shape[3] else 2)
 
@@ -856,8 +855,7 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|² + tr(cov1 + cov2 - 2 (cov1 cov2)^½) of two Gaussians, float64 [D], [D, D].
 
     Heusel et al. 2017 (arXiv:1706.08500, eq. 6). The root's trace is that of the symmetric
-    (cov1^½ cov2 cov1^½)^½, whose eigenvalues are real, also where a covariance is singular.
-    NaN where a moment is not finite.
+    (cov1^½ cov2 cov1^½)^½, whose eigenvalues are real. NaN where a covariance is not finite.
     """
     if not (cov1.isfinite().all() and cov2.isfinite().all()):
         return math.nan
@@ -996,22 +994,18 @@ def best(rows, metric):
 def settled(log):
     """The last rows of the log, and how the held-out loss of each set of weights settled.
 
-    wobble: its standard deviation about a straight line over the last quarter of the steps, from
-    the differences of successive rows (over 2^½; as von Neumann 1941), None of fewer than three.
-    reached: the first step at which it was not above raw's mean over that quarter.
+    wobble: its standard deviation about a line over the last quarter of the steps, from successive
+    differences (von Neumann 1941). reached: the first step not above raw's mean in that quarter.
     """
-    last, late, rows = log[-1]["step"], {}, []
-    for row in log:
-        if row["step"] >= 0.75 * last:
-            late.setdefault(row["name"], []).append(row["held_out_loss"])
-    level = np.mean(late["raw"])
-    for row in log:
-        if row["step"] == last:
-            steps = np.diff(late[row["name"]])
-            reached = (r["step"] for r in log
-                       if r["name"] == row["name"] and r["held_out_loss"] <= level)
-            rows.append(row | {"wobble": np.std(steps).item() / 2**0.5 if len(steps) > 1 else None,
-                               "reached": next(reached, None)})
+    last, rows = log[-1]["step"], []
+    late = [row for row in log if row["step"] >= 0.75 * last]
+    level = np.mean([row["held_out_loss"] for row in late if row["name"] == "raw"])
+    for row in [row for row in log if row["step"] == last]:
+        steps = np.diff([r["held_out_loss"] for r in late if r["name"] == row["name"]])
+        reached = [r["step"] for r in log
+                   if r["name"] == row["name"] and r["held_out_loss"] <= level]
+        wobble = np.std(steps).item() / 2**0.5 if len(steps) > 1 else None
+        rows.append(row | {"wobble": wobble, "reached": min(reached, default=None)})
     return rows
 
 
@@ -1027,21 +1021,20 @@ def cell(row, field):
 
 
 def print_table(header, lines, keys=2):
-    """Prints texts as Markdown tables of at most 120 columns, all with the first `keys`."""
+    """Prints texts as Markdown; what goes beyond 120 columns comes below, after the same `keys`."""
     widths = [max(3, *map(len, column)) for column in zip(header, *lines)]
-    tables = [[*range(keys)]]
-    for i in range(keys, len(header)):
-        if sum(widths[j] + 3 for j in (*tables[-1], i)) >= 120:
-            tables.append([*range(keys)])
-        tables[-1].append(i)
-    for table in tables:
-        print()
-        for line in (header, ["-" * width for width in widths], *lines):
-            print("| " + " | ".join(line[i].ljust(widths[i]) for i in table) + " |")
+    fit = sum(end < 120 for end in itertools.accumulate(width + 3 for width in widths))
+    fit = max(fit, keys + 1)
+    print()
+    for line in (header, ["-" * width for width in widths], *lines):
+        print("| " + " | ".join(map(str.ljust, line[:fit], widths)) + " |")
+    if fit < len(header):
+        header, *lines = ([*line[:keys], *line[fit:]] for line in (header, *lines))
+        print_table(header, lines, keys)
 
 
 def print_rows(rows, fields, keys=("step", "name")):
-    """A table; bold, of rows that differ in the last key: the best, and the not clearly worse."""
+    """A table; bold, of rows that differ in the last key: the best, and what both spreads allow."""
     lines = []
     for row in rows:
         peers = [r for r in rows if all(r[k] == row[k] for k in keys[:-1]) and r["name"] != "real"]
@@ -1050,7 +1043,7 @@ def print_rows(rows, fields, keys=("step", "name")):
             if field in BETTER and row in peers:
                 first = best(peers, field)
                 spread = math.hypot(*(r.get(f"{field}_sd", 0) for r in (first, row)))
-                if not cost(row, field) - cost(first, field) > spread:  # also where none is known
+                if cost(row, field) <= cost(first, field) + spread:
                     lines[-1][column] = f"**{lines[-1][column]}**"
     print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
 
