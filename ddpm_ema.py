@@ -59,30 +59,27 @@ def parse_decay(decay):
 
 
 def log_decays(decay, t):
-    """ln β_t (float64) of a canonical decay at steps t = 1, 2, …, exact also for β_t near 1.
-
-    step: β_t = 1 - 1/(t+1), the plain mean. ramp: min(β, (1+t)/(10+t)). halflife: 2^(-1/steps).
-    power: (1 - 1/t)^(γ+1), of relative width sigma_rel (Karras et al. 2024, arXiv:2312.02696).
-    """
+    """ln β_t (float64) of a canonical decay at steps t = 1, 2, …, exact also for β_t near 1."""
     kind, _, number = decay.rpartition(":")
-    if decay == "step":
+    if decay == "step":  # β_t = 1 - 1/(t+1): the plain mean of θ_0 … θ_t
         return -torch.log1p(1 / t)
-    if kind == "ramp":
+    if kind == "ramp":  # min(β, (1+t)/(10+t))
         return torch.log1p(-(9 / (10 + t)).clamp(min=1 - float(number)))
-    if kind == "halflife":
+    if kind == "halflife":  # 2^(-1/steps)
         return torch.full_like(t, -math.log(2) / float(number))
-    if kind == "power":  # γ is the largest root of sigma_rel² (γ+2)² (γ+3) = γ+1
-        s = float(number) ** -2
+    if kind == "power":  # (1 - 1/t)^(γ+1), of relative width sigma_rel (Karras et al. 2024,
+        s = float(number) ** -2  # arXiv:2312.02696): sigma_rel² (γ+2)² (γ+3) = γ+1
         cubic = t.new_tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]])
-        gamma = torch.linalg.eigvals(cubic).real.max()
+        gamma = torch.linalg.eigvals(cubic).real.max()  # the largest root
         return (gamma + 1) * torch.log1p(-1 / t)
     return torch.full_like(t, float(number)).log()
 
 
-def reach(decay, step, n):
-    """r_0 … r_n [n + 1] (float64): what e_step weighs its last 0 … n steps, in all."""
+def reaches(decays, step, n):
+    """r_0 … r_n of each decay [K, n + 1] (float64): what e_step weighs its last 0 … n steps."""
     t = torch.arange(step, step - n, -1, dtype=torch.float64, device="cpu")
-    return -torch.nn.functional.pad(log_decays(decay, t).cumsum(0), (1, 0)).expm1()
+    logs = torch.stack([log_decays(decay, t) for decay in decays]).cumsum(1)
+    return -torch.nn.functional.pad(logs, (1, 0)).expm1()
 
 
 def bare_state(model):
@@ -122,31 +119,30 @@ class EMA:
         decays = [decays] if isinstance(decays, (str, float, int)) else decays
         self.decays = list(dict.fromkeys(map(parse_decay, decays)))
         self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
-        self.model, self.step, self._inside = model, 0, False
-        state = bare_state(model)
-        first = {id(p): name for name, p in reversed(state.items())}  # tied ones are averaged once
-        self._parameters = {name: p for name, p in state.items()
-                            if getattr(p, "requires_grad", False) and first[id(p)] == name}
-        if not self._tracked or not self._parameters:
+        self.model, self.step, self._inside, self._names = model, 0, False, {}
+        for name, p in bare_state(model).items():
+            if getattr(p, "requires_grad", False):
+                self._names.setdefault(p, name)  # tied parameters are averaged once
+        if not self._tracked or not self._names:
             raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
         # The table [rows, P]: θ_0; what is pending, in an EMA m of every decay; d of every decay.
         rows = 1 + (self._pending or len(self._tracked)) + len(self._tracked)
-        own = [local(p) for p in self._parameters.values()]
+        own = [local(p) for p in self._names]
         sizes = [p.numel() for p in own]
         self._table = own[0].new_zeros(rows, sum(sizes), dtype=torch.float32, device=device)
         self._d, self._saved = self._table[-len(self._tracked):], {"table": self._table}
-        parts = self._table.split(sizes, dim=1)
-        self._rows = [*zip(*(part.view(rows, *p.shape).unbind() for part, p in zip(parts, own)))]
+        self._rows = [[x.view(p.shape) for x, p in zip(row.split(sizes), own)]
+                      for row in self._table]
         torch._foreach_copy_(self._rows[0], own)
-        shapes = {name: list(p.shape) for name, p in zip(self._parameters, own)}
+        shapes = {name: list(p.shape) for name, p in zip(self._names.values(), own)}
         self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block, **shapes}
 
     def _live(self):
         """The bare model's state by name, if what trains still is what is averaged."""
-        state, known = bare_state(self.model), set(map(id, self._parameters.values()))
-        changed = [name for name, p in self._parameters.items() if state.get(name) is not p]
+        state = bare_state(self.model)
+        changed = [name for p, name in self._names.items() if state.get(name) is not p]
         changed += [name for name, value in state.items()
-                    if getattr(value, "requires_grad", False) and id(value) not in known]
+                    if getattr(value, "requires_grad", False) and value not in self._names]
         if changed:
             raise ValueError(f"parameter {changed[0]} was replaced, removed or set to require a "
                              "gradient since the EMA was built: build it after that")
@@ -164,26 +160,27 @@ class EMA:
 
     def _take(self, n):
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
-        reaches = [reach(decay, self.step, n) for decay in self._tracked]
-        shares = [(r[1] / r[n]).item() for r in reaches]
-        parameters, (first, *means) = [*self._parameters.values()], self._rows
+        r, parameters = reaches(self._tracked, self.step, n), [*self._names]
+        shares, (first, *means) = (r[:, 1] / r[:, n]).tolist(), self._rows
         for i in range(0, len(first), 16):  # few calls, and in little memory
             now = [local(p).to(first[0]) for p in parameters[i : i + 16]]
             x = torch._foreach_sub(now, first[i : i + 16])
             for mean, share in zip(means, shares):
                 torch._foreach_lerp_(mean[i : i + 16], x, share)
         if n == self.block:
-            for d, mean, r in zip(self._d, self._table[1:], reaches):
-                d.lerp_(mean, r[n].item())
+            self._d.lerp_(self._table[1 : 1 + len(r)], r[:, n:].to(self._table))
 
-    def _coefficients(self, decay):
-        """d_t as a row over the table (float64), also within a block: d + r_n (m - d)."""
+    def _mixture(self, decay):
+        """The a_k [K] (float64) with which a decay's average is Σ a_k d_k: here one of them."""
         if decay not in self._tracked:
             raise ValueError(f"decay {decay} is not there; there are {', '.join(self.decays)}")
-        k, share = self._tracked.index(decay), reach(decay, self.step, self.step % self.block)[-1]
-        row = share.new_zeros(len(self._table))
-        row[1 + k], row[k - len(self._d)] = share, 1 - share
-        return row
+        one_hot = torch.eye(len(self._tracked), dtype=torch.float64, device="cpu")
+        return one_hot[self._tracked.index(decay)]
+
+    def _coefficients(self, mixture, r):
+        """Σ a_k d_k as a row over the table (float64), also within a block: d + r_n (m - d)."""
+        share = mixture * r[:, -1]
+        return torch.cat([share.new_zeros(1), share, mixture - share])
 
     @torch.no_grad()
     def weights(self, decay=None, debias=False):
@@ -193,18 +190,18 @@ class EMA:
         """
         state, averages = self._live(), {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
-        row = self._coefficients(decay)
+        r = reaches(self._tracked, self.step, self.step % self.block)
+        row = self._coefficients(self._mixture(decay), r)
         if debias and self.step:
-            row /= reach(decay, self.step, self.step)[-1]
+            row /= reaches([decay], self.step, self.step)[0, -1]
         row[0] += 1
-        for p, *rows in zip(self._parameters.values(), *self._rows):
+        for p, *rows in zip(self._names, *self._rows):
             average = sum(weight * x.double() for weight, x in zip(row.tolist(), rows) if weight)
-            averages[id(p)] = torch.empty_like(p, dtype=torch.float32)  # a DTensor where p is one
-            local(averages[id(p)]).copy_(average)
+            averages[p] = torch.empty_like(p, dtype=torch.float32)  # a DTensor where p is one
+            local(averages[p]).copy_(average)
         for name, value in state.items():
             if torch.is_tensor(value):
-                own = id(value) not in averages
-                state[name] = value.detach().clone() if own else averages[id(value)]
+                state[name] = averages[value] if value in averages else value.detach().clone()
         return state
 
     @contextlib.contextmanager
@@ -216,23 +213,21 @@ class EMA:
         if self._inside:
             raise RuntimeError("applied() inside applied(): the model already holds averages")
         averages = self.weights(decay, debias)
-        values = [*self._parameters.values(), *self.model.buffers()]
-        own = [(value, local(value).detach().clone()) for value in values]
-        averaged = [(p, local(averages[name])) for name, p in self._parameters.items()]
-        self._inside = True
+        own = {value: local(value).detach().clone()
+               for value in (*self._names, *self.model.buffers())}
         try:
-            self._write(averaged)
+            self._write({p: local(averages[name]) for p, name in self._names.items()}, inside=True)
             yield self.model
         finally:
-            self._write(own)
-            self._inside = False
+            self._write(own, inside=False)
 
     @torch.no_grad()
-    def _write(self, values):
+    def _write(self, values, inside):
         bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
-        for value, new in values:
+        for value, new in values.items():
             local(value).copy_(new)
         torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
+        self._inside = inside
 
     def init_share(self, decay=None):
         """The weight that an average gives to the initial weights at the present step."""
@@ -260,17 +255,6 @@ class EMA:
 LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 15) for rung in range(16))  # 1 - decay: 0.1 to 5e-5
 
 
-@contextlib.contextmanager
-def full_precision(switch):
-    """Products inside are of float32, also where a training script allows TF32."""
-    found, every = switch.fp32_precision, torch.backends.fp32_precision
-    switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = "none" if found == every else found  # "none" follows `every`
-
-
 class EMABank(EMA):
     """Averages for many decays at the price of one, and for any decay afterwards.
 
@@ -283,8 +267,8 @@ class EMABank(EMA):
     """
 
     def __init__(self, model, decays=0.999, ladder=LADDER, block=16, device=None):
-        if block < 1 or any(not 0 < float(rung) < 1 for rung in ladder or ()):
-            raise ValueError("block is at least 1, and a ladder's decays lie between 0 and 1")
+        if block < 1:
+            raise ValueError("block is at least 1")
         self.block, self.ladder = block, [parse_decay(float(rung)) for rung in ladder or ()]
         self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
         super().__init__(model, decays, device)
@@ -292,82 +276,78 @@ class EMABank(EMA):
         cached = 2**15 if self._table.device.type == "cpu" else 2**18  # columns that fit a cache
         self._chunks = self._table.split(cached, dim=1)
         self._scratch = torch.empty_like(self._table[1:, :cached])
-        self._path = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
-        self._saved["path"] = self._path
+        self._saved["path"] = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
 
     def _take(self, n):
         """Keeps step n; at the end of a block d = (1 - r_n) d + r_n (θ_b - θ_0) + Σ_j r_j δ."""
-        torch._foreach_copy_(self._rows[1 + n], [local(p) for p in self._parameters.values()])
+        torch._foreach_copy_(self._rows[1 + n], [local(p) for p in self._names])
         if n < self.block:
             return
-        reaches = torch.stack([reach(decay, self.step, n) for decay in self._tracked])  # [K, n + 1]
-        share = reaches[:, n:]  # [K, 1] r_n
-        mix = torch.cat([share, reaches[:, 1:].flip(1)], dim=1)  # [K, n + 1], oldest step first
+        r = reaches(self._tracked, self.step, n)
+        mix, share = r[:, [n, *range(n, 0, -1)]], r[:, n:]  # [K, n + 1], oldest step first; [K, 1]
         # Under a steady drift d rounds the same way at every fold, and over a long horizon the bias
         # adds up. A wobble of r_n, of mean zero, makes it pass: 9.9e-6 becomes 1.5e-6.
         wobble = 2**-21 * (self.step / n * 0.6180339887 % 1 - 0.5) * (1 - share)
         share = share - wobble.clamp(-share / 2, share / 2)
         mix, share = (mix / share).to(self._table), share.to(self._table)
-        cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-        with full_precision(cuda), full_precision(cpu):
+        with contextlib.ExitStack() as restored:  # float32, also where a script allows TF32
+            for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                found = switch.fp32_precision
+                own = "none" if found == torch.backends.fp32_precision else found  # it follows that
+                restored.callback(setattr, switch, "fp32_precision", own)
+                switch.fp32_precision = "ieee"
             for chunk in self._chunks:
                 moves, mean = self._scratch[:, : chunk.shape[1]].split([n + 1, len(mix)])
                 torch.sub(chunk[1 : n + 2], chunk[: n + 1], out=moves)  # θ_b - θ_0, δ_1 … δ_n
                 steps = moves[1:].reshape(-1)
-                self._path += torch.dot(steps, steps)
+                self._saved["path"] += torch.dot(steps, steps)
                 torch.mm(mix, moves, out=mean)  # autocast leaves alone what has an out=
                 chunk[n + 2 :].lerp_(mean, share)
         self._table[1] = self._table[n + 1]
 
-    def _fit(self, decay):
-        """A decay as a mixture a_k [K] of the tracked ones, and how far it misses, ‖R‖.
+    def _mixture(self, decay):
+        """Of the ladder's averages; Σ a_k d_k misses d by Σ R_n δ_{t+1-n}, R = r - Σ a_k r_k.
 
-        The mixture Σ a_k d_k misses d by Σ R_n δ_{t+1-n} with R = r - Σ a_k r_k, so the a_k
-        minimise ‖R‖, and ‖error‖ <= ‖R‖ (Σ ‖δ_t‖²)^½.
+        The a_k minimise ‖R‖, and ‖error‖ <= ‖R‖ (Σ ‖δ_t‖²)^½.
         """
-        mixture, t = torch.zeros(len(self._tracked), dtype=torch.float64, device="cpu"), self.step
-        if decay in self._tracked:
-            mixture[self._tracked.index(decay)] = 1
-            return mixture, 0.0
-        rungs = sorted(map(float, self.ladder))
-        now = log_decays(decay, mixture.new_tensor([max(t, 1)])).exp().item()
-        if not rungs or not rungs[0] <= now <= rungs[-1]:
-            between = [f"{rungs[0]:.6g} to {rungs[-1]:.6g}"] if rungs else []
+        if decay in self._tracked or not self.ladder:
+            return super()._mixture(decay)
+        t, rungs = max(self.step, 1), sorted(map(float, self.ladder))
+        *rows, target = reaches([*self.ladder, decay], t, t)[:, 1:]  # [t] each
+        now = 1 - target[0].item()
+        if not rungs[0] <= now <= rungs[-1]:
+            there = [*self.decays, f"{rungs[0]:.6g} to {rungs[-1]:.6g}"]
             raise ValueError(f"decay {decay} ({now:.6g} at step {t}) is not there; there are "
-                             + ", ".join([*self.decays, *between]))
-        used = [k for k, tracked in enumerate(self._tracked) if tracked in self.ladder]
-        rows = torch.stack([reach(self._tracked[k], t, t)[1:] for k in used])  # [rungs, t]
-        target = reach(decay, t, t)[1:]  # [t]
+                             + ", ".join(there))
+        rows = torch.stack(rows)  # [rungs, t]
         gram = rows @ rows.T
-        ridge = 1e-12 * gram.diag().clamp(min=1e-9).diag()  # keeps a_k, and their rounding, small
-        mixture[used] = fit = torch.linalg.solve(gram + ridge, rows @ target)
-        rounding = 2e-15 * target.square().sum()  # of the steps within a fold
-        return mixture, ((target - fit @ rows).square().sum() + rounding).sqrt().item()
+        ridge = 1e-12 * gram.diag().diag()  # keeps a_k, and their rounding, small
+        mixture = rows.new_zeros(len(self._tracked))
+        used = [self._tracked.index(rung) for rung in self.ladder]
+        mixture[used] = torch.linalg.solve(gram + ridge, rows @ target)
+        return mixture
 
-    def _coefficients(self, decay):
-        mixture, _ = self._fit(decay)
-        n = self.step % self.block
-        reaches = torch.stack([reach(tracked, self.step, n) for tracked in self._tracked])
-        latest = (mixture @ reaches.diff()).flip(0)  # [n] of θ_{t-n+1} … θ_t: r_{j+1} - r_j
-        row = mixture.new_zeros(len(self._table))
-        row[0], row[2 : 2 + n] = -latest.sum(), latest
-        row[self.block + 2 :] = mixture * (1 - reaches[:, n])
-        return row
+    def _coefficients(self, mixture, r):
+        latest = (mixture @ r.diff()).flip(0)  # [n] of θ_{t-n+1} … θ_t: r_{j+1} - r_j
+        kept = torch.nn.functional.pad(latest, (1, self.block - len(latest)))  # none of θ_b
+        return torch.cat([-latest.sum()[None], kept, mixture * (1 - r[:, -1])])
 
     @torch.no_grad()
     def error_bound(self, decay):
         """Bound on the Euclidean error that reading an untracked decay adds; 0.0 if it is tracked.
 
-        ‖R‖ (Σ ‖δ_t‖²)^½, and 2^-20 of each row for the rounding that is passed on. For
-        a debiased average divide by r_t = 1 - init_share. It is that of this process's shards.
+        For a debiased average divide by r_t = 1 - init_share. It is that of this process's shards.
         """
-        mixture, misfit = self._fit(parse_decay(decay))
-        if not misfit:
+        decay, t = parse_decay(decay), self.step
+        mixture, r = self._mixture(decay), reaches([*self._tracked, decay], t, t)
+        if decay in self._tracked:
             return 0.0
-        pending = self._table[1 : 2 + self.step % self.block].diff(dim=0)
-        path = (self._path + pending.double().square().sum()).sqrt().item()
+        squares = (r[-1] - mixture @ r[:-1]).square() + 2e-15 * r[-1].square()  # a fold rounds too
+        pending = self._table[1 : 2 + t % self.block].diff(dim=0)
+        path = self._saved["path"].item() + pending.double().square().sum().item()
         norms = torch.linalg.vector_norm(self._d, dim=1, dtype=torch.float64).cpu()
-        return misfit * path * (1 + 1e-3) + 2**-20 * (mixture.abs() @ norms).item()
+        rounding = 2**-20 * (mixture.abs() @ norms)  # of each row
+        return (1.001 * (squares.sum() * path).sqrt() + rounding).item()
 
 
 # ==================================================================================================
