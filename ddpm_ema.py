@@ -112,7 +112,6 @@ class EMA:
 
     block, ladder, _pending = 256, [], None  # a shorter block rounds d more often, a longer one m
 
-    @torch.no_grad()
     def __init__(self, model, decays=0.999, device=None):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"EMA takes the model, a torch.nn.Module, not a {type(model).__name__}")
@@ -127,12 +126,11 @@ class EMA:
             raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
         # The table [rows, P]: θ_0; what is pending, in an EMA m of every decay; d of every decay.
         rows = 1 + (self._pending or len(self._tracked)) + len(self._tracked)
-        own = [local(p) for p in self._names]
+        own = [local(p).detach() for p in self._names]
         sizes = [p.numel() for p in own]
         self._table = own[0].new_zeros(rows, sum(sizes), dtype=torch.float32, device=device)
         self._d, self._saved = self._table[-len(self._tracked):], {"table": self._table}
-        self._rows = [[x.view(p.shape) for x, p in zip(row.split(sizes), own)]
-                      for row in self._table]
+        self._rows = [[x.view_as(p) for x, p in zip(row.split(sizes), own)] for row in self._table]
         torch._foreach_copy_(self._rows[0], own)
         shapes = {name: list(p.shape) for name, p in zip(self._names.values(), own)}
         self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block, **shapes}
@@ -170,19 +168,18 @@ class EMA:
         if n == self.block:
             self._d.lerp_(self._table[1 : 1 + len(r)], r[:, n:].to(self._table))
 
-    def _mixture(self, decay):
-        """The a_k [K] (float64) with which a decay's average is Σ a_k d_k: here one of them."""
+    def _fit(self, decay):
+        """The a_k [K] (float64) of which Σ a_k d_k is a decay's d, and by how much it misses."""
         if decay not in self._tracked:
             raise ValueError(f"decay {decay} is not there; there are {', '.join(self.decays)}")
         one_hot = torch.eye(len(self._tracked), dtype=torch.float64, device="cpu")
-        return one_hot[self._tracked.index(decay)]
+        return one_hot[self._tracked.index(decay)], 0.0
 
     def _coefficients(self, mixture, r):
         """Σ a_k d_k as a row over the table (float64), also within a block: d + r_n (m - d)."""
         share = mixture * r[:, -1]
         return torch.cat([share.new_zeros(1), share, mixture - share])
 
-    @torch.no_grad()
     def weights(self, decay=None, debias=False):
         """The averages (float32) and all else of the model, named as in the bare state_dict().
 
@@ -191,7 +188,7 @@ class EMA:
         state, averages = self._live(), {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
         r = reaches(self._tracked, self.step, self.step % self.block)
-        row = self._coefficients(self._mixture(decay), r)
+        row = self._coefficients(self._fit(decay)[0], r)
         if debias and self.step:
             row /= reaches([decay], self.step, self.step)[0, -1]
         row[0] += 1
@@ -213,8 +210,7 @@ class EMA:
         if self._inside:
             raise RuntimeError("applied() inside applied(): the model already holds averages")
         averages = self.weights(decay, debias)
-        own = {value: local(value).detach().clone()
-               for value in (*self._names, *self.model.buffers())}
+        own = {x: local(x).detach().clone() for x in (*self._names, *self.model.buffers())}
         try:
             self._write({p: local(averages[name]) for p, name in self._names.items()}, inside=True)
             yield self.model
@@ -240,7 +236,6 @@ class EMA:
         saved = {name: value.to("cpu", copy=True) for name, value in self._saved.items()}
         return {"step": self.step, "layout": self._layout, **saved}
 
-    @torch.no_grad()
     def load_state_dict(self, state):
         """Goes on from a saved state; ValueError, and nothing changed, where it does not fit."""
         ours, saved = self._layout, state.get("layout", {})
@@ -284,7 +279,7 @@ class EMABank(EMA):
         if n < self.block:
             return
         r = reaches(self._tracked, self.step, n)
-        mix, share = r[:, [n, *range(n, 0, -1)]], r[:, n:]  # [K, n + 1], oldest step first; [K, 1]
+        mix, share = r[:, [n, *range(n, 0, -1)]], r[:, n:]  # [K, n + 1] as `moves`, [K, 1]
         # Under a steady drift d rounds the same way at every fold, and over a long horizon the bias
         # adds up. A wobble of r_n, of mean zero, makes it pass: 9.9e-6 becomes 1.5e-6.
         wobble = 2**-21 * (self.step / n * 0.6180339887 % 1 - 0.5) * (1 - share)
@@ -305,13 +300,10 @@ class EMABank(EMA):
                 chunk[n + 2 :].lerp_(mean, share)
         self._table[1] = self._table[n + 1]
 
-    def _mixture(self, decay):
-        """Of the ladder's averages; Σ a_k d_k misses d by Σ R_n δ_{t+1-n}, R = r - Σ a_k r_k.
-
-        The a_k minimise ‖R‖, and ‖error‖ <= ‖R‖ (Σ ‖δ_t‖²)^½.
-        """
+    def _fit(self, decay):
+        """Least ‖R‖, R = r - Σ a_k r_k over the ladder: the error is Σ R_n δ_{t+1-n}."""
         if decay in self._tracked or not self.ladder:
-            return super()._mixture(decay)
+            return super()._fit(decay)
         t, rungs = max(self.step, 1), sorted(map(float, self.ladder))
         *rows, target = reaches([*self.ladder, decay], t, t)[:, 1:]  # [t] each
         now = 1 - target[0].item()
@@ -324,30 +316,27 @@ class EMABank(EMA):
         ridge = 1e-12 * gram.diag().diag()  # keeps a_k, and their rounding, small
         mixture = rows.new_zeros(len(self._tracked))
         used = [self._tracked.index(rung) for rung in self.ladder]
-        mixture[used] = torch.linalg.solve(gram + ridge, rows @ target)
-        return mixture
+        mixture[used] = fit = torch.linalg.solve(gram + ridge, rows @ target)
+        rounding = 2e-15 * target.square().sum()  # of the steps within a fold
+        return mixture, ((target - fit @ rows).square().sum() + rounding).sqrt().item()
 
     def _coefficients(self, mixture, r):
         latest = (mixture @ r.diff()).flip(0)  # [n] of θ_{t-n+1} … θ_t: r_{j+1} - r_j
         kept = torch.nn.functional.pad(latest, (1, self.block - len(latest)))  # none of θ_b
         return torch.cat([-latest.sum()[None], kept, mixture * (1 - r[:, -1])])
 
-    @torch.no_grad()
     def error_bound(self, decay):
-        """Bound on the Euclidean error that reading an untracked decay adds; 0.0 if it is tracked.
+        """Bound on the norm of a read-out's error, ‖R‖ (Σ ‖δ_t‖²)^½; 0.0 if tracked.
 
         For a debiased average divide by r_t = 1 - init_share. It is that of this process's shards.
         """
-        decay, t = parse_decay(decay), self.step
-        mixture, r = self._mixture(decay), reaches([*self._tracked, decay], t, t)
-        if decay in self._tracked:
+        mixture, misfit = self._fit(parse_decay(decay))
+        if not misfit:
             return 0.0
-        squares = (r[-1] - mixture @ r[:-1]).square() + 2e-15 * r[-1].square()  # a fold rounds too
-        pending = self._table[1 : 2 + t % self.block].diff(dim=0)
-        path = self._saved["path"].item() + pending.double().square().sum().item()
+        pending = self._table[1 : 2 + self.step % self.block].diff(dim=0)
+        path = (self._saved["path"] + pending.double().square().sum()).sqrt().item()
         norms = torch.linalg.vector_norm(self._d, dim=1, dtype=torch.float64).cpu()
-        rounding = 2**-20 * (mixture.abs() @ norms)  # of each row
-        return (1.001 * (squares.sum() * path).sqrt() + rounding).item()
+        return 1.001 * misfit * path + 2**-20 * (mixture.abs() @ norms).item()  # d_k are rounded
 
 
 # ==================================================================================================
