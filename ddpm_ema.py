@@ -67,11 +67,10 @@ def log_decays(decay, t):
         return torch.log1p(-(9 / (10 + t)).clamp(min=1 - float(number)))
     if kind == "halflife":  # 2^(-1/steps)
         return torch.full_like(t, -math.log(2) / float(number))
-    if kind == "power":  # (1 - 1/t)^(γ+1), of relative width sigma_rel (Karras et al. 2024,
-        s = float(number) ** -2  # arXiv:2312.02696): sigma_rel² (γ+2)² (γ+3) = γ+1
-        cubic = t.new_tensor([[-7, s - 16, s - 12], [1, 0, 0], [0, 1, 0]])
-        gamma = torch.linalg.eigvals(cubic).real.max()  # the largest root
-        return (gamma + 1) * torch.log1p(-1 / t)
+    if kind == "power":  # (1 - 1/t)^g of relative width sigma_rel (Karras et al. 2024,
+        s = float(number) ** -2  # arXiv:2312.02696): g is the largest root of (g+1)² (g+2) = s g
+        cubic = t.new_tensor([[-4, s - 5, -2], [1, 0, 0], [0, 1, 0]])  # their γ is g - 1
+        return torch.linalg.eigvals(cubic).real.max() * torch.log1p(-1 / t)
     return torch.full_like(t, float(number)).log()
 
 
