@@ -1011,7 +1011,7 @@ def print_rows(rows, fields, keys=("step", "name")):
             if field in BETTER and row in peers:
                 first = best(peers, field)
                 spread = math.hypot(*(r.get(f"{field}_sd", 0) for r in (first, row)))
-                if cost(row, field) <= cost(first, field) + spread:
+                if cost(row, field) <= cost(first, field) + spread < math.inf:
                     lines[-1][column] = f"**{lines[-1][column]}**"
     print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
 
@@ -1517,6 +1517,8 @@ def report(runs, out):
     for number, (method, seeds) in enumerate(methods.items(), 1):
         rows = sorted(pool(list(seeds.values())), key=lambda row: row["step"])
         table = [row for row in rows if row["samples"]]
+        if not table:
+            raise ValueError("these runs have no row of samples in common")
         metrics, stages = known(table), dict.fromkeys(row["step"] for row in table)
         title = f"{method or samples}; ± over " + (
             f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples")
@@ -1636,7 +1638,7 @@ def resolve(given):
     s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
     s.decay = list(dict.fromkeys(item for item in items if item != "auto"))
     s.tracked = run.get("tracked", s.decay)
-    if s.steps < reached or (run and s.cooldown and s.steps != run["steps"]):
+    if s.steps < reached or (run.get("cooldown") and s.steps != run["steps"]):
         raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
                          f"{run['steps']} steps" + " with a cooldown at the end" * (s.cooldown > 0))
     steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})

@@ -580,6 +580,7 @@ def test_floats_are_standardised_by_channel(tmp_path, axes):
     x0 = data.x0(torch.arange(50))
     std, mean = torch.std_mean(x0[:, :3], (0, 2, 3))
     assert (std - 1).abs().max() < 1e-4 and mean.abs().max() < 1e-5
+    assert data.bound == x0.abs().max()
     assert not x0[:, 3].any() and data.names == ["7", "8", "9", "10", "11"]
 
 
@@ -626,6 +627,9 @@ def test_what_metrics_are_made_of():
     closed = ((m1 - m2).square().sum() + a.trace() + b.trace()).item() - 2 * roots
     assert ddpm_ema.frechet_distance(m1, a, m2, b) == pytest.approx(closed, rel=1e-6)
     assert math.isnan(ddpm_ema.frechet_distance(m1, a, m2, b * math.inf))
+    assert np.linalg.norm(ddpm_ema.sketch(torch.ones(5000))) == pytest.approx(5000**0.5, rel=0.3)
+    for name, value in (("fd", 0.5), ("recall", 2), ("tail_share", 1.1)):
+        assert ddpm_ema.best([{}, {name: 2}, {name: 1.1}, {name: 0.5}], name) == {name: value}
     real, fake = torch.randn(2500, 4), torch.randn(1300, 4) * 1.5
     radius = torch.cdist(real, real).sort(1).values[:, 3]  # to the third neighbour
     naive = (torch.cdist(fake, real) <= radius).any(1)
@@ -743,6 +747,8 @@ def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
             assert len({round(row[name], 5) for row in (raw, plain, debiased)}) == 3
         assert bars.rows[step, "0", ""]["distance_raw"] < 1e-4
         assert bars.rows[step, "0.9", ""]["distance_raw"] > 0.1
+        assert bars.rows[step, "raw", ""]["distance_initial"] > 0.1
+        assert math.isclose(bars.rows[step, "0.9", ""]["half_life_images"], 8 * math.log(0.5, 0.9))
     table = [*csv.DictReader((bars.whole / "results.csv").open())]
     assert [*table[0]][:3] == ["step", "name", "init_share"] and len(table) == len(bars.rows)
     for name in ("samples", "curves", "sweep"):
@@ -753,6 +759,7 @@ def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
     assert [a.texts[0].get_text() for a in axes] == ["real", "raw", "0", "0.9", "0.9\ndebiased"]
     real, raw, zero, plain, debiased = (np.array(axis.images[0].get_array()) for axis in axes)
     assert np.allclose(raw, zero, atol=0.05)
+    assert np.allclose(255 * plain, (255 * plain).round(), atol=1e-3)  # as stored
     for a, b in itertools.combinations((real, raw, plain, debiased), 2):
         assert np.abs(a - b).max() > 0.05
     loss, _, plane = bars.figures["curves.png"].axes
@@ -789,7 +796,8 @@ def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
         ema.update()
     assert max(norms) > 2 * min(norms) > 2  # they are clipped, by different factors
     rows, noise = ddpm_ema.read_rows(tmp_path), torch.Generator().manual_seed(0)
-    assert rows[4, "raw", ""]["loss"] == pytest.approx(sum(losses[2:]).item() / 2, rel=1e-4)
+    assert [rows[4, "raw", ""][name] for name in ("loss", "grad_norm")] == pytest.approx(
+        [sum(losses[2:]).item() / 2, sum(norms[2:]) / 2], rel=1e-4)
     eps, t = torch.randn(40, 1, 8, 8, generator=noise), times((torch.arange(40) + 0.5) / 40)
     for name in ("raw", "0.9", "0.9 debiased"):
         with contextlib.nullcontext() if name == "raw" else ema.applied(debias=name != "0.9"):
@@ -819,6 +827,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(bars, tmp_path, capfd, owner, nam
     with death(owner, name, calls, error), pytest.raises((KeyboardInterrupt, SystemExit)):
         run(bars.data, tmp_path, *FLAGS)
     assert error is KeyboardInterrupt or "disk is full\n" in capfd.readouterr().err
+    assert (tmp_path / "results.csv").exists() == (calls > 5)
     log = tmp_path / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-20])  # a torn last line
     run(bars.data, tmp_path, *FLAGS)
@@ -828,8 +837,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(bars, tmp_path, capfd, owner, nam
 def test_killed_processes_go_on(bars, tmp_path):
     """The real command, after fewer steps: Ctrl-C, then SIGKILL in an evaluation."""
     run(bars.data, tmp_path, "--steps", "3", "--decay", "0,0.9")
-    script = [sys.executable, "-u", ddpm_ema.__file__, "--out", tmp_path, "--steps=8",
-              "--stages=0.5,1"]
+    script = [sys.executable, ddpm_ema.__file__, "--out", tmp_path, "--steps=8", "--stages=0.5,1"]
     for line, number, code in (("step 4/", signal.SIGINT, 130), ("step 4, ", signal.SIGKILL, -9)):
         process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True)
@@ -874,6 +882,11 @@ def test_the_same_command_another_decay_auto_sweep_and_more_steps(bars, tmp_path
     tried = [name for name, samples in rows if samples == "" and name[:4] in CANDIDATES]
     lowest = min(tried, key=lambda name: rows[name, ""]["held_out_loss"])
     assert sweep < found and found & {*tried} == {lowest}
+    run(bars.data, out, "--decay=0.9", "--sampler=ddim")
+    command("--report", out, bars.whole, "--out", tmp_path / "report")
+    printed = capfd.readouterr().out.split("over bootstrap")[-3:]
+    assert "steps 2, samples 32 by ddim" in str(printed)
+    assert printed[0].count("| 2    | raw ") == 2  # a table in two parts
 
 
 def test_two_processes_give_the_losses_of_one(bars, tmp_path):
@@ -900,7 +913,11 @@ class Colours(nn.Module):
 def test_features_of_a_file_give_fid(bars, tmp_path):
     features = str(tmp_path / "colours.pt")
     torch.jit.script(Colours()).save(features)
-    run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=40", "--features", features)
+    with mock.patch.object(ddpm_ema, "measure", wraps=ddpm_ema.measure) as spy:
+        run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=40", "--features", features)
+    real, labels = spy.call_args.args[2], load_data(str(bars.data)).split("cpu")[0].labels
+    assert len(real["features"]) == 40
+    assert (real["shares"] * 160).round().tolist() == labels.bincount().tolist()
     row = next(row for row in ddpm_ema.read_rows(tmp_path / "run").values() if "fid" in row)
     ours, real = (images.double().mean((1, 2, 3)) for images in (bars.held_out, bars.training))
     fid = 3 * ((ours.mean() - real.mean()) ** 2 + (ours.std() - real.std()) ** 2)  # all grey
@@ -908,13 +925,13 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
     assert "fd" not in row and features in row["samples"]
 
 
-LONELY = np.insert(np.arange(39) % 2 * 2, torch.randperm(
-    40, generator=torch.Generator().manual_seed(0))[0].item(), 1)  # the only one is held out
+LONELY = np.insert(np.arange(39) % 2, torch.randperm(
+    40, generator=torch.Generator().manual_seed(0))[0].item(), 2)  # the only one is held out
 
 
 @pytest.mark.parametrize("images, labels", [
     (PIXELS[:, None], {}), (np.random.default_rng(0).normal(size=(40, 5, 8, 8)), {}),
-    (PIXELS[:, None], {"labels": LONELY}), (PIXELS[:, None], {"labels": LONELY % 2})])
+    (PIXELS[:, None], {"labels": LONELY}), (PIXELS[:, None], {"labels": LONELY // 2})])
 def test_data_and_names_of_any_kind(images, labels, tmp_path, monkeypatch):
     """Names with dollars, line breaks, bytes that are no UTF-8 are read, drawn, resumed."""
     monkeypatch.chdir(tmp_path)
@@ -930,8 +947,10 @@ def test_data_and_names_of_any_kind(images, labels, tmp_path, monkeypatch):
 
 
 def test_averages_beat_raw_weights(bars, tmp_path):
-    run(bars.data, tmp_path, "--steps=300", "--decay=0.97", "--log-every=300", "--save-every=300",
-        "--lr=0.01", "--num-samples=16")
+    with mock.patch.object(ddpm_ema, "measure", wraps=ddpm_ema.measure) as spy:
+        run(bars.data, tmp_path, "--steps=300", "--decay=0.97", "--log-every=300",
+            "--save-every=300", "--lr=0.01", "--num-samples=300")
+    assert (spy.call_args.args[0][:44] != spy.call_args.args[0][256:]).any()  # new noise
     rows = ddpm_ema.read_rows(tmp_path)
     start, raw, average = (rows[key]["held_out_loss"] for key in (
         (0, "raw", ""), (300, "raw", ""), (300, "0.97", "")))
@@ -940,29 +959,33 @@ def test_averages_beat_raw_weights(bars, tmp_path):
 
 def test_report_pools_seeds_and_ranks_methods(bars, tmp_path, capfd):
     state = torch.load(bars.whole / "last.pt", weights_only=True)
-    horizons = [{}, *({"horizon": steps} for steps in (1.0, 10.0, 33.0, 100.0))]
+    horizons = {"real": [], "raw": [1.0], "0.9": [10.0], "0.97": [33.0], "0.99": [1e2], "1": [1e3]}
     for objective, seed, *fds in (  # at 0.97, the best of both, v is ahead by 4
-            ("v", 0, 1, 20, 11, 5, 9), ("eps", 0, 1, 15, 12, 9, 8.8),
-            ("v", 1, 1, 22, 9, 5, 12), ("eps", 1, 1, 17, 14, 9, 9.8)):
+            ("v", 0, 1, 20, 11, 5, 9), ("eps", 0, 1, 15, 10.6, 9, 8.8),
+            ("v", 1, 1, 22, 9, 5, 12, 1), ("eps", 1, 1, 17, 12.6, 9, 9.8)):
         folder = tmp_path / f"{objective}{seed}"
         folder.mkdir()
         state["settings"] |= {"objective": objective, "seed": seed}
         torch.save(state, folder / "last.pt")
         with (folder / "metrics.jsonl").open("w") as file:
-            for name, horizon, fd in zip(("real", "raw", "0.9", "0.97", "0.99"), horizons, fds):
+            for (name, horizon), fd in zip(horizons.items(), fds):
                 row = {"step": 8, "name": name, "samples": SAMPLES, "decay": name, "fd": fd,
-                       "fd_sd": 0.5, "debiased": False} | horizon
+                       "fd_sd": 0.5, "debiased": False} | dict(zip(["horizon"], horizon))
                 file.write(json.dumps(row) + "\n")
     command("--report", *sorted(tmp_path.iterdir())[::-1], "--out", tmp_path / "report")
     printed = capfd.readouterr().out
     assert "over 2 seeds" in printed and "10.0 ± 1.4" in printed
+    assert not re.search(r"\| real .*\*\*", printed)
     ranking = printed.split("The methods at each decay")[1].splitlines()
     bold = [line.split("**")[0].replace("|", "").split() for line in ranking if "**" in line]
     assert {" ".join(words) for words in bold} == {
         "8 best decay objective v", "8 raw objective eps", "8 0.9 objective v",
-        "8 0.97 objective v", "8 0.99 objective v", "8 0.99 objective eps"}
+        "8 0.9 objective eps", "8 0.97 objective v", "8 0.99 objective v", "8 0.99 objective eps"}
     lines = [list(line.get_ydata()) for line in FIGURES["report.png"].axes[0].lines]
-    assert [line for line in lines if len(line) == 4] == [[21, 10, 5, 10.5], [16, 13, 9, 9.3]]
+    for changed, message in (({"data": "x"}, "no ranking"), ({"steps": 9}, "no finished run")):
+        torch.save(state | {"settings": state["settings"] | changed}, tmp_path / "v1" / "last.pt")
+        assert message in fails(capfd, "--report", tmp_path / "v1", bars.whole)
+    assert [line for line in lines if len(line) == 4] == [[21, 10, 5, 10.5], [16, 11.6, 9, 9.3]]
 
 
 BAD = {"3d": {"images": PIXELS}, "few": {"images": PIXELS[:12, None]}, "key": {"x": PIXELS},
@@ -1021,7 +1044,9 @@ def bad(bars, tmp_path_factory):
     ("--out={f}/raw.npz/x", "raw.npz"), ("--out={f}/loop", "loop"), ("--out={f}/loop/x", "loop"),
     ("--out={f}/torn", "no checkpoint"), ("--out={f}/alien", "no checkpoint"),
     ("--out={f}/other", "another --out"), ("--out={f}/unsaved", "checkpoints"),
-    ("--out={w} --lr=0.5", "lr 0.05, not 0.5"), ("--out={w} --steps=2", "come to 8"),
+    *((f"--out={{w}} --{flag}", f", not {flag.split('=')[1]}") for flag in (
+        "lr=0.5", "batch-size=4", "seed=1", "cooldown=0.5", "schedule=flow", "objective=eps")),
+    ("--out={w} --steps=2", "come to 8"),
     ("--out={w} --stages=0.25", "kept no checkpoint"), ("--report", "at least one"),
     ("--report nowhere", "no finished run"), ("--report {f}/rowless", "no finished run"),
     ("--report {w} {w}", "same settings"), ("--report {w} --decay=0.9", "--out alone"),
