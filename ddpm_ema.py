@@ -1374,10 +1374,11 @@ class Run:
 # ==================================================================================================
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay (0: raw weights)",
-         "step": "training step", "tail_share": "mass of the rare modes / true mass",
+         "step": "training step", "tail_share": "rare modes: mass / true mass",
          "held_out_loss": "held-out loss"}
 STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.formatter.min_exponent": 4,
-         "axes.spines.top": False, "axes.spines.right": False, "savefig.bbox": "tight"}
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+         "savefig.bbox": "tight"}
 
 
 def draw_panel(axis, title, rows, x, y, by):
@@ -1400,7 +1401,8 @@ def draw_panel(axis, title, rows, x, y, by):
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
              yscale="log" if BETTER.get(y) == 1 else "linear")  # distances and losses
-    axis.legend(title=NAMES.get(by, by) + " (dashed: debiased)" * any(d for _, d in lines))
+    title = NAMES.get(by, by) + "\n(dashed: debiased)" * any(debiased for _, debiased in lines)
+    axis.legend(title=title, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
     if x == "horizon":  # marked with the decays 0, 0.7, 0.9, 0.97, 0.99, …
         axis.set_xscale("log", subs=[10 / 3])
         for marks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
@@ -1413,7 +1415,7 @@ def draw(path, title, panels):
     """A picture of panels, three in a row; those without a value are left out."""
     panels = [panel for panel in panels if any(panel[3] in row for row in panel[1])]  # has it y?
     lines = math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(15.6, 3.9 * lines + 0.3), layout="constrained")
+    figure = Figure(figsize=(16.8, 3.9 * lines + 0.3), layout="constrained")
     figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
     for place, panel in enumerate(panels, 1):
         draw_panel(figure.add_subplot(lines, 3, place), *panel)
@@ -1468,6 +1470,7 @@ def plot_samples(path, rows, images):
     axis = left.subplots()
     axis.axhline(raw[metric], color="black", label="raw weights")
     draw_panel(axis, "What the decay does", rows, "horizon", metric, "samples")
+    axis.legend(title="dashed: debiased")  # inside: here there is room
     right.suptitle(f"Step {raw['step']}: the same noise through each set of weights")
     for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # latents: a channel
