@@ -1395,8 +1395,9 @@ def draw_panel(axis, title, rows, x, y, by):
             lines.setdefault((row[by], row["debiased"]), []).append(row)
     for (group, debiased), line in lines.items():
         across, value, spread = ([row.get(field, 0) for row in line] for field in (x, y, f"{y}_sd"))
+        second = debiased and (group, False) in lines  # of its group: one of them is in the legend
         axis.errorbar(across, value, spread, fmt=".--" if debiased else ".-", color=color[group],
-                      label=None if debiased else NAMES.get(group, group))
+                      label=None if second else NAMES.get(group, group))
     for value in {row[y] for row in rows if row["name"] == "real" and y in row}:
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
