@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -43,7 +42,6 @@ import toy2d
 from ddpm_ema import EMA, LADDER, PRESETS, Diffusion, EMABank, UNet, load_data, main
 
 # ==== EMA =========================================================================================
-
 both = pytest.mark.parametrize("Average", [EMA, EMABank])
 same = partial(torch.testing.assert_close, rtol=0, atol=0)  # of dicts: keys, dtypes, every bit
 MIXED = (0.5, 0.9, 0.999, 0.999999, "step", "ramp:0.9999", "halflife:50", "power:0.10")
@@ -198,8 +196,7 @@ def test_thirty_random_cases(case):
             decay, debias, before = choice(decays), choice([False, True]), copy.deepcopy(model)
             weights = ema.weights(decay, debias)
             with contextlib.suppress(ZeroDivisionError), ema.applied(decay, debias):
-                assert all(torch.equal(weights[name].to(p), p)
-                           for name, p in oracle.parameters.items())
+                assert all(torch.equal(weights[n].to(p), p) for n, p in oracle.parameters.items())
                 1 / choice([0, 1])
             same(model.state_dict(), before.state_dict())
     oracle.check(ema)
@@ -447,7 +444,6 @@ def test_reads_on_one_rank_under_ddp_and_shards_under_fsdp2(tmp_path):
 
 
 # ==== Noise schedules, objectives, samplers, UNet, data and metrics ===============================
-
 def test_schedules_are_those_of_the_papers():
     alpha, sigma = Diffusion("linear").path[:2].numpy()
     np.testing.assert_allclose(alpha**2, np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), rtol=1e-12)
@@ -543,7 +539,7 @@ def test_glyphs_have_known_modes():
 
 def idx_files(folder, pack, suffix="", part="t10k"):
     for name, array in (("images-idx3", PIXELS), ("labels-idx1", CLASSES)):
-        header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+        header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
         (folder / f"{part}-{name}-ubyte{suffix}").write_bytes(pack(header + array.tobytes()))
 
 
@@ -634,11 +630,7 @@ def test_what_metrics_are_made_of():
     radius = torch.cdist(real, real).sort(1).values[:, 3]  # to the third neighbour
     naive = (torch.cdist(fake, real) <= radius).any(1)
     assert (ddpm_ema.manifold_share(fake, real) != naive).sum() <= 1  # a tie may round either way
-
-
-def test_how_losses_settled():
-    """Raw falls by 1 and has noise of 0.1; the average comes from above, steadily."""
-    noise, log = np.random.default_rng(0).normal(0, 0.1, 4001), []
+    noise, log = np.random.default_rng(0).normal(0, 0.1, 4001), []  # the average falls steadily
     for step, each in enumerate(noise):
         for name, loss in (("raw", 5 - step / 4000 + each), ("0.9", 9 - step / 500)):
             log.append({"step": step, "name": name, "held_out_loss": loss})
@@ -672,7 +664,6 @@ def test_metrics_their_spreads_and_the_digits_that_these_are_worth():
 
 
 # ==== The command and the toy =====================================================================
-
 NETWORK = {"width": 4, "multipliers": (1, 2), "attention": (1,)}
 TINY = ["--batch-size", "8", "--num-samples", "32", "--sample-steps", "2", "--log-every", "2",
         "--save-every", "3", "--lr", "0.05"]
@@ -726,11 +717,6 @@ def bars(tmp_path_factory):
                            training=training)
 
 
-def assert_same_end(bars, out):
-    """A run ended as `whole` did, bit for bit: losses, distances and samples of all weights."""
-    assert bars.rows.items() <= ddpm_ema.read_rows(out).items() and not [*out.glob("tmp-*")]
-
-
 def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
     names = ["real", "raw", "0", "0.9", "0.9 debiased"]
     assert [key[:2] for key in bars.rows if key[2] == SAMPLES] == [
@@ -745,10 +731,9 @@ def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
             assert zero[name] == pytest.approx(raw[name], rel=1e-3, abs=1e-6), name
         for name in ("fd", "is", "held_out_loss"):
             assert len({round(row[name], 5) for row in (raw, plain, debiased)}) == 3
-        assert bars.rows[step, "0", ""]["distance_raw"] < 1e-4
-        assert bars.rows[step, "0.9", ""]["distance_raw"] > 0.1
-        assert bars.rows[step, "raw", ""]["distance_initial"] > 0.1
-        assert math.isclose(bars.rows[step, "0.9", ""]["half_life_images"], 8 * math.log(0.5, 0.9))
+        raw, zero, plain = (bars.rows[step, name, ""] for name in names[1:4])
+        assert zero["distance_raw"] < 1e-4 and plain["distance_raw"] > 0.1 < raw["distance_initial"]
+        assert math.isclose(plain["half_life_images"], 8 * math.log(0.5, 0.9))
     table = [*csv.DictReader((bars.whole / "results.csv").open())]
     assert [*table[0]][:3] == ["step", "name", "init_share"] and len(table) == len(bars.rows)
     for name in ("samples", "curves", "sweep"):
@@ -831,10 +816,11 @@ def test_a_run_that_died_ends_as_if_it_had_not(bars, tmp_path, capfd, owner, nam
     log = tmp_path / "metrics.jsonl"
     log.write_bytes(log.read_bytes()[:-20])  # a torn last line
     run(bars.data, tmp_path, *FLAGS)
-    assert_same_end(bars, tmp_path)
+    assert bars.rows.items() <= ddpm_ema.read_rows(tmp_path).items()  # to the last bit
+    assert not [*tmp_path.glob("tmp-*")]
 
 
-def test_killed_processes_go_on(bars, tmp_path):
+def test_killed_processes_go_on_and_diverged_ones_keep_what_was_good(bars, tmp_path, capfd):
     """The real command, after fewer steps: Ctrl-C, then SIGKILL in an evaluation."""
     run(bars.data, tmp_path, "--steps", "3", "--decay", "0,0.9")
     script = [sys.executable, ddpm_ema.__file__, "--out", tmp_path, "--steps=8", "--stages=0.5,1"]
@@ -847,10 +833,7 @@ def test_killed_processes_go_on(bars, tmp_path):
         assert process.returncode == code and "Traceback" not in rest
         assert code < 0 or "the same command goes on" in rest.splitlines()[-1]
     run(bars.data, tmp_path, *FLAGS)
-    assert_same_end(bars, tmp_path)
-
-
-def test_a_diverged_run_keeps_its_last_good_checkpoint(bars, tmp_path, capfd):
+    assert bars.rows.items() <= ddpm_ema.read_rows(tmp_path).items()  # to the last bit
     for steps in "91":
         flags = "--data", bars.data, "--out", tmp_path / steps, *TINY, "--lr=1e30", "--steps", steps
         assert "diverged" in fails(capfd, *flags)
@@ -885,8 +868,7 @@ def test_the_same_command_another_decay_auto_sweep_and_more_steps(bars, tmp_path
     run(bars.data, out, "--decay=0.9", "--sampler=ddim")
     command("--report", out, bars.whole, "--out", tmp_path / "report")
     printed = capfd.readouterr().out.split("over bootstrap")[-3:]
-    assert "steps 2, samples 32 by ddim" in str(printed)
-    assert printed[0].count("| 2    | raw ") == 2  # a table in two parts
+    assert "steps 2, samples 32 by ddim" in str(printed) and printed[0].count("| 2    | raw ") == 2
 
 
 def test_two_processes_give_the_losses_of_one(bars, tmp_path):
@@ -914,9 +896,10 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
     features = str(tmp_path / "colours.pt")
     torch.jit.script(Colours()).save(features)
     with mock.patch.object(ddpm_ema, "measure", wraps=ddpm_ema.measure) as spy:
-        run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=40", "--features", features)
-    real, labels = spy.call_args.args[2], load_data(str(bars.data)).split("cpu")[0].labels
-    assert len(real["features"]) == 40
+        run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=300", "--features", features)
+    sampled, _, real = spy.call_args.args
+    labels = load_data(str(bars.data)).split("cpu")[0].labels
+    assert (sampled[:44] != sampled[256:]).any()  # each batch has its own noise
     assert (real["shares"] * 160).round().tolist() == labels.bincount().tolist()
     row = next(row for row in ddpm_ema.read_rows(tmp_path / "run").values() if "fid" in row)
     ours, real = (images.double().mean((1, 2, 3)) for images in (bars.held_out, bars.training))
@@ -947,10 +930,8 @@ def test_data_and_names_of_any_kind(images, labels, tmp_path, monkeypatch):
 
 
 def test_averages_beat_raw_weights(bars, tmp_path):
-    with mock.patch.object(ddpm_ema, "measure", wraps=ddpm_ema.measure) as spy:
-        run(bars.data, tmp_path, "--steps=300", "--decay=0.97", "--log-every=300",
-            "--save-every=300", "--lr=0.01", "--num-samples=300")
-    assert (spy.call_args.args[0][:44] != spy.call_args.args[0][256:]).any()  # new noise
+    run(bars.data, tmp_path, "--steps=300", "--decay=0.97", "--log-every=300", "--save-every=300",
+        "--lr=0.01", "--num-samples=16")
     rows = ddpm_ema.read_rows(tmp_path)
     start, raw, average = (rows[key]["held_out_loss"] for key in (
         (0, "raw", ""), (300, "raw", ""), (300, "0.97", "")))
@@ -963,15 +944,13 @@ def test_report_pools_seeds_and_ranks_methods(bars, tmp_path, capfd):
     for objective, seed, *fds in (  # at 0.97, the best of both, v is ahead by 4
             ("v", 0, 1, 20, 11, 5, 9), ("eps", 0, 1, 15, 10.6, 9, 8.8),
             ("v", 1, 1, 22, 9, 5, 12, 1), ("eps", 1, 1, 17, 12.6, 9, 9.8)):
-        folder = tmp_path / f"{objective}{seed}"
-        folder.mkdir()
+        (folder := tmp_path / f"{objective}{seed}").mkdir()
         state["settings"] |= {"objective": objective, "seed": seed}
         torch.save(state, folder / "last.pt")
-        with (folder / "metrics.jsonl").open("w") as file:
-            for (name, horizon), fd in zip(horizons.items(), fds):
-                row = {"step": 8, "name": name, "samples": SAMPLES, "decay": name, "fd": fd,
-                       "fd_sd": 0.5, "debiased": False} | dict(zip(["horizon"], horizon))
-                file.write(json.dumps(row) + "\n")
+        rows = [{"step": 8, "name": name, "samples": SAMPLES, "decay": name, "fd": fd, "fd_sd": 0.5,
+                 "debiased": False} | dict(zip(["horizon"], horizon))
+                for (name, horizon), fd in zip(horizons.items(), fds)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command("--report", *sorted(tmp_path.iterdir())[::-1], "--out", tmp_path / "report")
     printed = capfd.readouterr().out
     assert "over 2 seeds" in printed and "10.0 ± 1.4" in printed
@@ -1039,14 +1018,13 @@ def bad(bars, tmp_path_factory):
             f"{{f}}/{name}.npz" for name in (*BAD, "loop/x", "cut", "garbage", "encrypted",
                                              "compression", "giant", "raw") if name != "odd"))),
     *((f"--features={{f}}/{name}", "--features") for name in ("raw.npz", "0.pt", "1.pt", "2.pt")),
-    ("--data={f}/odd.npz", "divisible"),
-    ("--batch-size=100000000", "memory"), ("--out={f}/raw.npz", "raw.npz"),
-    ("--out={f}/raw.npz/x", "raw.npz"), ("--out={f}/loop", "loop"), ("--out={f}/loop/x", "loop"),
-    ("--out={f}/torn", "no checkpoint"), ("--out={f}/alien", "no checkpoint"),
-    ("--out={f}/other", "another --out"), ("--out={f}/unsaved", "checkpoints"),
+    ("--data={f}/odd.npz", "divisible"), ("--batch-size=100000000", "memory"),
     *((f"--out={{w}} --{flag}", f", not {flag.split('=')[1]}") for flag in (
         "lr=0.5", "batch-size=4", "seed=1", "cooldown=0.5", "schedule=flow", "objective=eps")),
-    ("--out={w} --steps=2", "come to 8"),
+    ("--out={f}/raw.npz", "raw.npz"), ("--out={f}/raw.npz/x", "raw.npz"),
+    ("--out={f}/loop", "loop"), ("--out={f}/loop/x", "loop"), ("--out={f}/torn", "no checkpoint"),
+    ("--out={f}/alien", "no checkpoint"), ("--out={f}/other", "another --out"),
+    ("--out={f}/unsaved", "checkpoints"), ("--out={w} --steps=2", "come to 8"),
     ("--out={w} --stages=0.25", "kept no checkpoint"), ("--report", "at least one"),
     ("--report nowhere", "no finished run"), ("--report {f}/rowless", "no finished run"),
     ("--report {w} {w}", "same settings"), ("--report {w} --decay=0.9", "--out alone"),
@@ -1117,7 +1095,7 @@ def test_kernel_equals_torchs_gaussians(dtype, tolerance):
     assert (np.abs(ours - twin) / scale).max() < tolerance
 
 
-def test_tree_is_the_published_one_and_samples_follow_it():
+def test_tree_samples_training_noise_and_preconditioning_are_the_published_ones():
     tree, generation = toy2d.make_tree()
     weight = tree[5].ravel()
     assert tree[:2].reshape(2, -1) @ weight == pytest.approx([0.3718510, 0.3646066], abs=1e-7)
@@ -1132,9 +1110,6 @@ def test_tree_is_the_published_one_and_samples_follow_it():
     one, again, step, seed = (
         toy2d.sample_tree(*key, 64)[1] for key in ((0, 1), (0, 1), (0, 2), (1, 1)))
     assert torch.equal(one, again) and (one != step).all() and (one != seed).all()
-
-
-def test_preconditioning_and_training_noise():
     model, x, sigma = toy2d.Denoiser(2), torch.randn(2, 3, 2), torch.tensor([[0.01], [0.5], [5.0]])
     nn.init.zeros_(model.weights[-1])
     nn.init.ones_(model.biases[-1])
@@ -1184,7 +1159,6 @@ def test_the_toy_command_and_ctrl_c(tmp_path, capsys):
 
 
 # ==== Benchmarks: python test_ddpm_ema.py =========================================================
-
 def bench(title, calls, repeats=32):  # in milliseconds, the least of eight rounds
     times = {name: 1e3 / repeats * min(timeit.repeat(call, number=repeats, repeat=8))
              for name, call in calls.items()}
