@@ -246,7 +246,7 @@ class EMA:
         self.step = state["step"]
 
 
-LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 15) for rung in range(16))  # 1 - decay: 0.1 to 5e-5
+LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 13) for rung in range(14))  # 1 - decay: 0.1 to 5e-5
 
 
 class EMABank(EMA):

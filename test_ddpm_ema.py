@@ -239,8 +239,8 @@ def test_a_run_equals_an_undisturbed_one_bit_for_bit(Average, how):
 
 
 @pytest.mark.parametrize("kind", ["noise", "walk", "drift", "mlp", "unet"])
-def test_untracked_decays_are_within_their_bound_and_nearer_than_edm2(kind, stored=17):
-    """EDM2 (arXiv:2312.02696, 3.2), with 34 copies too: snapshots of two power functions, mixed."""
+def test_untracked_decays_are_within_their_bound_and_nearer_than_edm2(kind, stored=16):
+    """EDM2 (arXiv:2312.02696, 3.2), with 32 copies too: snapshots of two power functions, mixed."""
     wanted = 0.903, 0.92, 0.97, 0.9944, 0.9993, 0.9999, "ramp:0.9999"
     trained, coarse = kind in ("mlp", "unet"), (0.1, 0.5, 0.9, 0.99, 0.99995)
     steps, shape = (100, (1, 8, 8)) if kind == "unet" else (600, (2,))
@@ -283,7 +283,7 @@ def test_memory_is_what_the_docstrings_say():
     model.append(model[0])
     model.base = nn.Parameter(torch.zeros(900_000, dtype=torch.uint8), requires_grad=False)
     assert copies(EMA) == 3 and copies(EMA, ["step", 0.9, 0]) == 7
-    assert 35 <= copies(EMABank) < 37, "K + block + 2, and a chunk"
+    assert 33 <= copies(EMABank) < 35, "K + block + 2, and a chunk"
     assert 7 <= copies(EMABank, ladder=None, block=4) < 7.5
     assert copies(EMA, device="meta") == copies(EMABank, block=99, device="meta") == 0
 
