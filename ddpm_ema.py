@@ -1541,6 +1541,7 @@ def report(runs, out):
     if len(methods) > 1:
         print("\nThe methods at each decay, and each at its best one")
         ranked = [row for rows in places.values() if len(rows) > 1 for row in rows]
+        metrics = known(ranked)
         print_rows(ranked, metrics, ("step", "name", "method"))
         draw(out / "report.png", "The methods beside each other", [
             (f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
@@ -1575,7 +1576,7 @@ SETTINGS = {  # flag: (default, what it is, a reader of its text or the names th
               several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
     "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz", str),
     "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
-    "steps": (3600, "optimizer steps; more than a finished run has trains it on", COUNT),
+    "steps": (4000, "optimizer steps; more than a finished run has trains it on", COUNT),
     "stages": ([1.0], "fractions of the run to evaluate at", several(number(float, 1e-9, 1))),
     "batch_size": (32, "images per optimizer step, over all processes", COUNT),
     "lr": (1e-3, "learning rate of Adam, after a linear warm-up", number(float, 0, 1e38)),
