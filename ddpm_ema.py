@@ -733,7 +733,8 @@ def read_pictures(files):
     """Images of one size; the classes are their folders."""
     images = []
     for path in files:
-        image = np.atleast_3d(matplotlib.image.imread(path))[:, :, :3]  # grey or colour, no alpha
+        with explained(f"--data {path}: "):
+            image = np.atleast_3d(matplotlib.image.imread(path))[:, :, :3]  # grey, colour; no alpha
         peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max  # floats from PNG
         images.append((image * (255 / peak)).round().astype(np.uint8))
     images = np.stack(np.broadcast_arrays(*images))  # grey among colour becomes colour
@@ -980,7 +981,7 @@ def settled(log):
 def cell(row, field):
     """What a table shows: 20.4 ± 1.6, as many digits as the spread is worth."""
     value, spread = row.get(field), row.get(f"{field}_sd", 0)
-    if 0 < spread < math.inf:
+    if spread and 1e-9 * abs(value) < spread < math.inf:  # less is rounding
         digits = max(0, -math.floor(math.log10(spread / 2)))
         return f"{value:.{digits}f} ± {spread:.{digits}f}"
     if isinstance(value, float):
@@ -1030,10 +1031,11 @@ CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round n
 
 
 def show(text, keep=True):
-    """One live line on a terminal, which stays if `keep`; elsewhere only the lines that stay."""
+    """Prints a line that stays, stays in logs only (keep=None) or is a terminal's (False)."""
     live = sys.stdout.isatty()
-    if (live or keep) and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-        print("\r\033[K" * live + text, end="\n" if keep else "", flush=True)
+    stays = keep or (keep is None and not live)
+    if (live or stays) and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        print("\r\033[K" * live + text, end="\n" if stays else "", flush=True)
 
 
 def stop(message):
@@ -1120,7 +1122,7 @@ class Run:
         torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
         self.classifier = make_classifier(data.images.shape[1], data.num_classes)
         if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
-            show("training the classifier whose features the metrics use", keep=False)
+            show("training the classifier whose features the metrics use", keep=None)
             train_classifier(self.classifier, data.split("cpu")[0])
         self.classifier.to(self.device).eval()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -1188,7 +1190,7 @@ class Run:
                 show(f"step {self.step}/{s.steps}  loss {self.running[0] / self.running[2]:.4f}  "
                      f"{speed * s.batch_size:.0f} images/s  "
                      f"{(s.steps - self.step) / speed / 60:.1f} min left",
-                     keep=not sys.stdout.isatty() or self.step == s.steps)
+                     keep=self.step == s.steps or None)
             if self.step % s.log_every == 0:  # else the run may go on, with the same means
                 self.running.zero_()
             if saves:
@@ -1331,7 +1333,7 @@ class Run:
             left = (time.perf_counter() - start) / done * (len(lacking) - done) / 60
             if samples:
                 show(f"step {self.step}, {samples}: {done} of {len(lacking)} rows, "
-                     f"{left:.1f} min left", keep=done == len(lacking))
+                     f"{left:.1f} min left", keep=done == len(lacking) or None)
         return [self.rows[self.step, name, samples] for name in names]
 
     @torch.no_grad()
@@ -1394,6 +1396,9 @@ def draw_panel(axis, title, rows, x, y, by):
         if None not in (row.get(x), row.get(y)):
             lines.setdefault((row[by], row["debiased"]), []).append(row)
     for (group, debiased), line in lines.items():
+        if debiased:  # it leaves the plain line where the initial weights begin to weigh
+            plain = lines.get((group, False), [])
+            line = [row for row in plain if row[x] < line[0][x]][-1:] + line
         across, value, spread = ([row.get(field, 0) for row in line] for field in (x, y, f"{y}_sd"))
         second = debiased and (group, False) in lines  # of its group: one of them is in the legend
         axis.errorbar(across, value, spread, fmt=".--" if debiased else ".-", color=color[group],
@@ -1404,11 +1409,12 @@ def draw_panel(axis, title, rows, x, y, by):
              yscale="log" if BETTER.get(y) == 1 else "linear")  # distances and losses
     title = NAMES.get(by, by) + "\n(dashed: debiased)" * any(debiased for _, debiased in lines)
     axis.legend(title=title, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
-    if x == "horizon":  # marked with the decays 0, 0.7, 0.9, 0.97, 0.99, …
-        axis.set_xscale("log", subs=[10 / 3])
-        for marks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+    for side in [side for side, field in (("x", x), ("y", y)) if field == "horizon"]:
+        getattr(axis, f"set_{side}scale")("log", subs=[10 / 3])  # decays 0, 0.7, 0.9, 0.97, 0.99, …
+        marked = getattr(axis, f"{side}axis")
+        for marks in (marked.set_major_formatter, marked.set_minor_formatter):
             marks(lambda horizon, _: f"{1 - 1 / horizon:.6g}")
-        axis.tick_params("x", which="both", rotation=30)
+        axis.tick_params(side, which="both", rotation=30)
 
 
 @matplotlib.rc_context(STYLE)
@@ -1435,9 +1441,9 @@ def plot_curves(path, title, rows):
     level = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
     late = [row | {"held_out_loss": None} if row["held_out_loss"] > level else row for row in late]
     draw(path, title, [
-        ("Averages lag at first", rows, "step", "held_out_loss", "decay"),
-        ("then they are ahead: the last quarter", late, "step", "held_out_loss", "decay"),
-        ("Raw weights wander, averages cut through", plain, *axes, "decay")])
+        ("Which weights predict held-out images best", rows, "step", "held_out_loss", "decay"),
+        ("The same in the last quarter", late, "step", "held_out_loss", "decay"),
+        ("Where the weights went, in a plane", plain, *axes, "decay")])
 
 
 def plot_sweep(path, title, rows):
@@ -1458,7 +1464,7 @@ def plot_sweep(path, title, rows):
             first = best([r for r in rows if r["step"] == step and "horizon" in r], metric)
             leaders.append(first | {"metric": metric, "debiased": False,
                                     "horizon": first["horizon"] * 1.04**shift})  # side by side
-    panels.append(("The best decay at each stage", leaders, "horizon", "step", "metric"))
+    panels.append(("The best decay at each stage", leaders, "step", "horizon", "metric"))
     draw(path, title, panels)
 
 
@@ -1470,7 +1476,8 @@ def plot_samples(path, rows, images):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
     axis.axhline(raw[metric], color="black", label="raw weights")
-    draw_panel(axis, "What the decay does", rows, "horizon", metric, "samples")
+    named = [row | {"weights": "averages"} for row in rows]
+    draw_panel(axis, "What the decay does", named, "horizon", metric, "weights")
     axis.legend(title="dashed: debiased")  # inside: here there is room
     right.suptitle(f"Step {raw['step']}: the same noise through each set of weights")
     for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):

@@ -375,10 +375,10 @@ def plot_stages(path, rows):
             ax.plot(steps, mean, style, c=shade, lw=2, label="_" if style == "--" else name)
             ax.fill_between(steps, mean - spread, mean + spread, color=shade, alpha=0.12, lw=0)
         ax.plot([], [], "--", color=QUIET, label="the same, debiased")
-        ax.set_title(title, size=14)
+        ax.set(title=title, xlabel="training step")
         ax.set_xscale("log", base=2)
         ax.set_xticks(steps := sorted({row["step"] for row in rows}), steps)
-    save(path, figure, "Raw and averaged weights against the training step", ax)
+    save(path, figure, "What raw and averaged weights leave on the tree", ax)
 
 
 def run(rows, decay, steps, seeds, batch_size, target, out):
@@ -396,7 +396,7 @@ def run(rows, decay, steps, seeds, batch_size, target, out):
         if step == stages[1]:
             plot_on_tree(out / "toy2d.png", f"What averaging does, at step {step}", WHOLE, samples)
             paths = {name: paths[name] for name in [*paths][:2] + [*paths][2:][-2:]}
-            plot_on_tree(out / "trajectories.png", f"A fork of twigs, step {step}", FORK, paths)
+            plot_on_tree(out / "trajectories.png", f"Paths to the dots, step {step}", FORK, paths)
     plot_stages(out / "stages.png", rows)
 
 
