@@ -1238,8 +1238,7 @@ class Run:
         x0 = self.held_out.x0(slice(num_images))
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
         t = self.times((torch.arange(len(x0), device=x0.device) + 0.5) / len(x0))
-        parts = zip(*(part.split(128) for part in (x0, t, eps)))
-        return torch.cat([self.diffusion.loss(self.network, *part) for part in parts]).mean().item()
+        return self.diffusion.loss(self.network, x0, t, eps).mean().item()
 
     def draw(self, count):
         """Yields x0 [<=256, C, H, W] until there are `count`; all weights get the same noise."""
@@ -1396,9 +1395,8 @@ def draw_panel(axis, title, rows, x, y, by):
         if None not in (row.get(x), row.get(y)):
             lines.setdefault((row[by], row["debiased"]), []).append(row)
     for (group, debiased), line in lines.items():
-        if debiased:  # it leaves the plain line where the initial weights begin to weigh
-            plain = lines.get((group, False), [])
-            line = [row for row in plain if row[x] < line[0][x]][-1:] + line
+        if debiased:  # dashes leave the plain line where debiasing begins to matter
+            line = [r for r in lines.get((group, False), ()) if r[x] < line[0][x]][-1:] + line
         across, value, spread = ([row.get(field, 0) for row in line] for field in (x, y, f"{y}_sd"))
         second = debiased and (group, False) in lines  # of its group: one of them is in the legend
         axis.errorbar(across, value, spread, fmt=".--" if debiased else ".-", color=color[group],
@@ -1410,7 +1408,7 @@ def draw_panel(axis, title, rows, x, y, by):
     title = NAMES.get(by, by) + "\n(dashed: debiased)" * any(debiased for _, debiased in lines)
     axis.legend(title=title, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
     for side in [side for side, field in (("x", x), ("y", y)) if field == "horizon"]:
-        getattr(axis, f"set_{side}scale")("log", subs=[10 / 3])  # decays 0, 0.7, 0.9, 0.97, 0.99, …
+        getattr(axis, f"set_{side}scale")("log", subs=[10 / 3])  # decays 0, 0.7, 0.9, 0.97, 0.99
         marked = getattr(axis, f"{side}axis")
         for marks in (marked.set_major_formatter, marked.set_minor_formatter):
             marks(lambda horizon, _: f"{1 - 1 / horizon:.6g}")
