@@ -293,8 +293,9 @@ class EMABank(EMA):
             for chunk in self._chunks:
                 moves, mean = self._scratch[:, : chunk.shape[1]].split([n + 1, len(mix)])
                 torch.sub(chunk[1 : n + 2], chunk[: n + 1], out=moves)  # θ_b - θ_0, δ_1 … δ_n
-                steps = moves[1:].reshape(-1)
-                self._saved["path"] += torch.dot(steps, steps)
+                if self.ladder:  # else no read-out has an error to bound
+                    steps = moves[1:].reshape(-1)
+                    self._saved["path"] += torch.dot(steps, steps)
                 torch.mm(mix, moves, out=mean)  # autocast leaves alone what has an out=
                 chunk[n + 2 :].lerp_(mean, share)
         self._table[1] = self._table[n + 1]

@@ -1160,11 +1160,10 @@ def test_the_toy_command_and_ctrl_c(tmp_path, capsys):
 
 
 # ==== Benchmarks: python test_ddpm_ema.py =========================================================
-def bench(title, calls, repeats=32):  # in milliseconds, the least of eight rounds
-    times = {name: 1e3 / repeats * min(timeit.repeat(call, number=repeats, repeat=8))
-             for name, call in calls.items()}
-    first = next(iter(times.values()))
-    lines = [[name, f"{ms:.2f}", f"{ms / first:.3f}"] for name, ms in times.items()]
+def bench(title, calls, repeats=32):  # in milliseconds, the least of 12 rounds through all
+    rounds = [[timeit.timeit(call, number=repeats) for call in calls.values()] for _ in range(12)]
+    times = [1e3 / repeats * min(each) for each in zip(*rounds)]
+    lines = [[name, f"{ms:.2f}", f"{ms / times[0]:.3f}"] for name, ms in zip(calls, times)]
     ddpm_ema.print_table([title, "ms", "of the first"], lines)
 
 
