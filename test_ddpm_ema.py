@@ -659,7 +659,8 @@ def test_metrics_their_spreads_and_the_digits_that_these_are_worth():
     assert ddpm_ema.measure(real, probs[[0] * 400], reference)["fd"] == pytest.approx(0, abs=1e-6)
     far = ddpm_ema.measure(real + 1e4, probs[[0] * 400], reference, 1000)  # |mean - mean|²
     assert far["fd_sd"] == pytest.approx(2e4 * (real.sum(1).std() / 20).item(), rel=0.1)
-    row = {"fd": 20.43, "fd_sd": 1.6, "is": 3.0, "recall": 0.51, "recall_sd": 0.021, "n": 999.9999}
+    row = {"fd": 20.43, "fd_sd": 1.6, "is": 3.0, "is_sd": 4e-16, "recall": 0.51, "recall_sd": 0.021,
+           "n": 999.9999}
     cells = [ddpm_ema.cell(row, field) for field in ("fd", "is", "recall", "precision", "n")]
     assert cells == ["20.4 ± 1.6", "3", "0.51 ± 0.02", "-", "1,000"]
 
@@ -982,7 +983,7 @@ def bad(bars, tmp_path_factory):
         np.savez(folder / f"{name}.npz", **arrays)
     content, whole = (folder / "3d.npz").read_bytes(), (bars.whole / "last.pt").read_bytes()
     files = {"cut.npz": content[:-600], "garbage.npz": b"PK not a zip", "unequal/x": b"",
-             "torn/last.pt": whole[:-100], "rowless/last.pt": whole,
+             "torn/last.pt": whole[:-100], "rowless/last.pt": whole, "broken/a.png": b"",
              "alien/last.pt": b"", "other/metrics.jsonl": b'{"step": 1, "loss": 2}\n',
              "unsaved/metrics.jsonl": (bars.whole / "metrics.jsonl").read_bytes()}
     for name, offset, value in (("encrypted", 6, 1), ("compression", 8, 99)):
@@ -1022,11 +1023,11 @@ def bad(bars, tmp_path_factory):
     ("--data={f}/odd.npz", "divisible"), ("--batch-size=100000000", "memory"),
     *((f"--out={{w}} --{flag}", f", not {flag.split('=')[1]}") for flag in (
         "lr=0.5", "batch-size=4", "seed=1", "cooldown=0.5", "schedule=flow", "objective=eps")),
-    ("--out={f}/raw.npz", "raw.npz"), ("--out={f}/raw.npz/x", "raw.npz"),
-    ("--out={f}/loop", "loop"), ("--out={f}/loop/x", "loop"), ("--out={f}/torn", "no checkpoint"),
-    ("--out={f}/alien", "no checkpoint"), ("--out={f}/other", "another --out"),
-    ("--out={f}/unsaved", "checkpoints"), ("--out={w} --steps=2", "come to 8"),
-    ("--out={w} --stages=0.25", "kept no checkpoint"), ("--report", "at least one"),
+    ("--data={f}/broken", "a.png: "), ("--out={f}/raw.npz", "raw.npz"), ("--out={f}/loop", "loop"),
+    ("--out={f}/raw.npz/x", "raw.npz"), ("--out={f}/loop/x", "loop"), ("--report", "at least one"),
+    ("--out={f}/torn", "no checkpoint"), ("--out={f}/alien", "no checkpoint"),
+    ("--out={f}/other", "another --out"), ("--out={f}/unsaved", "checkpoints"),
+    ("--out={w} --steps=2", "come to 8"), ("--out={w} --stages=0.25", "kept no checkpoint"),
     ("--report nowhere", "no finished run"), ("--report {f}/rowless", "no finished run"),
     ("--report {w} {w}", "same settings"), ("--report {w} --decay=0.9", "--out alone"),
     ("--out={w} --decay=step", "0.99995"), ("--out={w} --data=glyphs", "data"),
