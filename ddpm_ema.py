@@ -1413,7 +1413,7 @@ def draw_panel(axis, title, rows, x, y, by):
         marked = getattr(axis, f"{side}axis")
         for marks in (marked.set_major_formatter, marked.set_minor_formatter):
             marks(lambda horizon, _: f"{1 - 1 / horizon:.6g}")
-        axis.tick_params(side, which="both", rotation=30)
+        axis.tick_params(side, which="both", rotation=60 if side == "x" else 0)
 
 
 @matplotlib.rc_context(STYLE)
