@@ -1460,7 +1460,7 @@ def plot_sweep(path, title, rows):
         panels.append((sentence, shown, "horizon", metric, "step"))
         stages = {row["step"] for row in rows if metric in row}
         for step in stages if len(stages) > 1 else ():
-            first = best([r for r in rows if r["step"] == step and "horizon" in r], metric)
+            first = best([r for r in shown if r["step"] == step and "horizon" in r], metric)
             leaders.append(first | {"metric": metric, "debiased": False,
                                     "horizon": first["horizon"] * 1.04**shift})  # side by side
     panels.append(("The best decay at each stage", leaders, "step", "horizon", "metric"))
