@@ -924,15 +924,11 @@ def replacing(path):
 
 
 def read_rows(folder):
-    """{key: row} of metrics.jsonl; the last line of a key counts, a torn line does not."""
-    rows, path = {}, folder / "metrics.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if not {"step", "name", "samples"} <= set(row):
-                raise ValueError(f"{path} is not of this program; choose another --out")
-            rows[key_of(row)] = row
-    return rows
+    """{key: row} of metrics.jsonl, which is replaced as a whole: it has no torn lines."""
+    path = folder / "metrics.jsonl"
+    with explained(f"{path} is not of this program; choose another --out: "):
+        lines = path.read_text().splitlines() if path.exists() else ()
+        return {key_of(row): row for row in map(json.loads, lines)}
 
 
 def write_csv(path, rows):
@@ -1032,7 +1028,7 @@ CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round n
 
 
 def show(text, keep=True):
-    """Prints a line that stays, stays in logs only (keep=None) or is a terminal's (False)."""
+    """Prints a line that stays (keep=True), only in a log (None) or passes on a terminal (False)."""
     live = sys.stdout.isatty()
     stays = keep or (keep is None and not live)
     if (live or stays) and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
@@ -1406,8 +1402,8 @@ def draw_panel(axis, title, rows, x, y, by):
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
              yscale="log" if BETTER.get(y) == 1 else "linear")  # distances and losses
-    title = NAMES.get(by, by) + "\n(dashed: debiased)" * any(debiased for _, debiased in lines)
-    axis.legend(title=title, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
+    legend = NAMES.get(by, by) + "\n(dashed: debiased)" * any(debiased for _, debiased in lines)
+    axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
     for side in [side for side, field in (("x", x), ("y", y)) if field == "horizon"]:
         getattr(axis, f"set_{side}scale")("log", subs=[10 / 3])  # decays 0, 0.7, 0.9, 0.97, 0.99
         marked = getattr(axis, f"{side}axis")

@@ -815,8 +815,6 @@ def test_a_run_that_died_ends_as_if_it_had_not(bars, tmp_path, capfd, owner, nam
         run(bars.data, tmp_path, *FLAGS)
     assert error is KeyboardInterrupt or "disk is full\n" in capfd.readouterr().err
     assert (tmp_path / "results.csv").exists() == (calls > 5)
-    log = tmp_path / "metrics.jsonl"
-    log.write_bytes(log.read_bytes()[:-20])  # a torn last line
     run(bars.data, tmp_path, *FLAGS)
     assert bars.rows.items() <= ddpm_ema.read_rows(tmp_path).items()  # to the last bit
     assert not [*tmp_path.glob("tmp-*")]
