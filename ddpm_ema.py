@@ -1028,7 +1028,7 @@ CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round n
 
 
 def show(text, keep=True):
-    """Prints a line that stays (keep=True), only in a log (None) or passes on a terminal (False)."""
+    """Prints a line that stays (keep=True), only in logs (None) or passes on terminals (False)."""
     live = sys.stdout.isatty()
     stays = keep or (keep is None and not live)
     if (live or stays) and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
