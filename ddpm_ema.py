@@ -23,9 +23,7 @@ into images by raw and averaged weights. The sections EMA, Noise schedules and U
 pasted alone into an empty file.
 """
 
-# ==================================================================================================
-# EMA
-# ==================================================================================================
+# ==== EMA =========================================================================================
 # e_t = β_t e_{t-1} + (1 - β_t) θ_t of the weights θ_t after optimizer step t; e_0 = θ_0.
 #
 # Everything is said in reaches: r_n = 1 - Π_{i>t-n} β_i is the weight that e_t gives to the last
@@ -117,7 +115,7 @@ class EMA:
         decays = [decays] if isinstance(decays, (str, float, int)) else decays
         self.decays = list(dict.fromkeys(map(parse_decay, decays)))
         self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
-        self.model, self.step, self._inside, self._names = model, 0, False, {}
+        self.model, self.step, self._inside, self._names = model, 0, 0, {}
         for name, p in bare_state(model).items():
             if getattr(p, "requires_grad", False):
                 self._names.setdefault(p, name)  # tied parameters are averaged once
@@ -136,13 +134,13 @@ class EMA:
 
     def _live(self):
         """The bare model's state by name, if what trains still is what is averaged."""
-        state = bare_state(self.model)
-        changed = [name for p, name in self._names.items() if state.get(name) is not p]
-        changed += [name for name, value in state.items()
-                    if getattr(value, "requires_grad", False) and value not in self._names]
-        if changed:
-            raise ValueError(f"parameter {changed[0]} was replaced, removed or set to require a "
-                             "gradient since the EMA was built: build it after that")
+        state, built = bare_state(self.model), {name: p for p, name in self._names.items()}
+        for name in built | state:
+            now = state.get(name)
+            starts = getattr(now, "requires_grad", False) and now not in self._names
+            if starts or now is not built.get(name, now):
+                raise ValueError(f"parameter {name} was replaced, removed or set to require a "
+                                 "gradient since the EMA was built: build it after that")
         return state
 
     @torch.no_grad()
@@ -159,11 +157,13 @@ class EMA:
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
         r, parameters = reaches(self._tracked, self.step, n), [*self._names]
         shares, (first, *means) = (r[:, 1] / r[:, n]).tolist(), self._rows
-        for i in range(0, len(first), 16):  # few calls, and in little memory
-            now = [local(p).to(first[0]) for p in parameters[i : i + 16]]
-            x = torch._foreach_sub(now, first[i : i + 16])
+        some = max(1, 2**16 * len(first) // self._table.shape[1])  # few calls, of what fits a cache
+        for i in range(0, len(first), some):
+            now = [local(p).to(first[0]) for p in parameters[i : i + some]]
+            x = torch._foreach_sub(now, first[i : i + some])
             for mean, share in zip(means, shares):
-                torch._foreach_lerp_(mean[i : i + 16], x, share)
+                torch._foreach_lerp_(mean[i : i + some], x, share)
+            del x  # the next one then takes the same memory
         if n == self.block:
             self._d.lerp_(self._table[1 : 1 + len(r)], r[:, n:].to(self._table))
 
@@ -206,29 +206,26 @@ class EMA:
 
         Buffers are restored as well; train() and eval() mode stay as they are.
         """
-        if self._inside:
-            raise RuntimeError("applied() inside applied(): the model already holds averages")
         averages = self.weights(decay, debias)
         own = {x: local(x).detach().clone() for x in (*self._names, *self.model.buffers())}
         try:
-            self._write({p: local(averages[name]) for p, name in self._names.items()}, inside=True)
+            self._write({p: local(averages[name]) for p, name in self._names.items()}, 1)
             yield self.model
         finally:
-            self._write(own, inside=False)
+            self._write(own, -1)
 
     @torch.no_grad()
-    def _write(self, values, inside):
+    def _write(self, values, depth):
         bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
         for value, new in values.items():
             local(value).copy_(new)
         torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
-        self._inside = inside
+        self._inside += depth
 
     def init_share(self, decay=None):
         """The weight that an average gives to the initial weights at the present step."""
         decay = self._tracked[0] if decay is None else parse_decay(decay)
-        t = torch.arange(1, self.step + 1, dtype=torch.float64, device="cpu")
-        return log_decays(decay, t).sum().exp().item()
+        return 1 - reaches([decay], self.step, self.step)[0, -1].item()
 
     def state_dict(self):
         """All that an uninterrupted run knows: numbers, texts and CPU tensors, of own shards."""
@@ -304,13 +301,11 @@ class EMABank(EMA):
         """Least ‖R‖, R = r - Σ a_k r_k over the ladder: the error is Σ R_n δ_{t+1-n}."""
         if decay in self._tracked or not self.ladder:
             return super()._fit(decay)
-        t, rungs = max(self.step, 1), sorted(map(float, self.ladder))
+        t, rungs = max(self.step, 1), [float(rung) for rung in self.ladder]
         *rows, target = reaches([*self.ladder, decay], t, t)[:, 1:]  # [t] each
-        now = 1 - target[0].item()
-        if not rungs[0] <= now <= rungs[-1]:
-            there = [*self.decays, f"{rungs[0]:.6g} to {rungs[-1]:.6g}"]
+        if not min(rungs) <= (now := 1 - target[0]) <= max(rungs):
             raise ValueError(f"decay {decay} ({now:.6g} at step {t}) is not there; there are "
-                             + ", ".join(there))
+                             f"{', '.join(self.decays)}, {min(rungs):.6g} to {max(rungs):.6g}")
         rows = torch.stack(rows)  # [rungs, t]
         gram = rows @ rows.T
         ridge = 1e-12 * gram.diag().diag()  # keeps a_k, and their rounding, small
@@ -339,9 +334,7 @@ class EMABank(EMA):
         return 1.001 * misfit * path + 2**-20 * (mixture.abs() @ norms).item()  # d_k are rounded
 
 
-# ==================================================================================================
-# Noise schedules, objectives and samplers
-# ==================================================================================================
+# ==== Noise schedules, objectives and samplers ====================================================
 
 import math  # noqa: F811  (every part carries its own imports)
 
@@ -387,14 +380,10 @@ class Diffusion:
             velocity = -sigma, alpha
         # The determinant alpha sigma' - sigma alpha' is 1 on every path here: `predict` needs that.
         self.path = torch.stack([alpha, sigma, *velocity])  # [4, T] float64: alpha, sigma, and '
-        self._copies = {}  # of the path, by device and dtype
 
     def at(self, t, x):
         """alpha, sigma, alpha', sigma' at times t [B], each [B, 1, ...] to multiply x [B, ...]."""
-        key = x.device, x.dtype
-        if key not in self._copies:
-            self._copies[key] = self.path.to(x)
-        rows = self._copies[key][:, t]  # [4, B]
+        rows = self.path.to(x)[:, t]  # [4, B]
         return rows.view(4, -1, *[1] * (x.dim() - 1))
 
     def add_noise(self, x0, t, eps):
@@ -470,9 +459,7 @@ class Diffusion:
         yield -1, x, x
 
 
-# ==================================================================================================
-# UNet
-# ==================================================================================================
+# ==== UNet ========================================================================================
 
 import torch
 from torch import nn
@@ -608,12 +595,9 @@ class UNet(nn.Module):
         return self.head(h)  # [B, C, H, W]
 
 
-# ==================================================================================================
-# Data
-# ==================================================================================================
+# ==== Data ========================================================================================
 
 import argparse
-import copy
 import csv
 import functools
 import gzip
@@ -651,6 +635,7 @@ class Dataset:
 
     Integers from 0 to 255 are pictures, which x0 scales to [-1, 1]; floats (latents,
     representations) get mean 0 and standard deviation 1 in each channel. bound is the largest |x0|.
+    train and held_out are positions: a fifth is held out, at most 4,096, always the same.
     """
 
     def __init__(self, images, labels=None, names=()):
@@ -675,27 +660,13 @@ class Dataset:
         self.names = list(names or map(str, values)) if len(values) > 1 else []
         # Without labels the classifier learns to tell quarter turns, or half ones, apart.
         self.num_classes = len(self.names) or (4 if images.shape[2] == images.shape[3] else 2)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        self.held_out, self.train = order.tensor_split([min(len(order) // 5, 4096)])
 
-    def split(self, device):
-        """Training and held-out part: a fifth is held out, at most 4,096, always the same."""
-        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
-        held_out, parts = min(len(order) // 5, 4096), (copy.copy(self), copy.copy(self))
-        for part, index in zip(parts, (order[held_out:], order[:held_out])):
-            part.images, part.labels = self.images[index].to(device), self.labels[index].to(device)
-        return parts
-
-    def x0(self, index):
+    def x0(self, index, device="cpu"):
         """Images as the network sees them, [B, C, H, W] float32."""
-        x0 = self.images[index].float().contiguous(memory_format=torch.channels_last)
+        x0 = self.images[index].to(device).float().contiguous(memory_format=torch.channels_last)
         return (x0 - 127.5) / 127.5 if self.is_pictures else x0
-
-    def batches(self, count):
-        """Yields x0 [<=256, C, H, W] of the first `count` images."""
-        return map(self.x0, torch.arange(min(count, len(self.images))).split(256))
-
-    def round(self, x0):
-        """What x0 becomes when it is stored as an image: floats stay as they are."""
-        return ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1 if self.is_pictures else x0
 
 
 def draw_glyphs(num_images):
@@ -785,9 +756,7 @@ def load_data(source):
     return Dataset(np.concatenate(images)[:, None], np.concatenate(labels) if labels else None)
 
 
-# ==================================================================================================
-# Metrics
-# ==================================================================================================
+# ==== Metrics =====================================================================================
 
 def make_classifier(channels, num_classes):
     """x [B, C, H, W] -> features [B, 64], the space of the metrics -> logits [B, K] of labels."""
@@ -805,11 +774,12 @@ def train_classifier(net, data, num_steps=500, batch_size=128):
 
     Where there are no labels it learns by how many quarter turns an image was rotated.
     """
-    weight = 1 / data.labels.bincount()[data.labels]
+    labels = data.labels[data.train]
+    weight = 1 / labels.bincount()[labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
     optimizer = torch.optim.Adam(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
-    for index in order.split(batch_size):
+    for index in data.train[order].split(batch_size):
         x0, label = data.x0(index), data.labels[index]  # [B, C, H, W], [B]
         if not data.names:
             label = torch.arange(batch_size) % data.num_classes
@@ -837,10 +807,9 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def moments(features, counts):
     """Mean [D] and covariance [D, D], float64, of features [N, D] that count [N] times each."""
-    parts = list(zip(features.split(4096), counts.split(4096)))
-    total = counts.sum()
-    mean = sum(count @ part.double() for part, count in parts) / total
-    square = sum((d := part.double() - mean).T @ (d * count[:, None]) for part, count in parts)
+    features, total = features.double(), counts.sum()
+    mean = counts @ features / total
+    square = (features - mean).T @ ((features - mean) * counts[:, None])
     return mean, square / (total - 1).clamp(min=1)
 
 
@@ -898,9 +867,7 @@ def measure(features, probs, real, num_bootstrap=20):
                       for name in rows[0]}
 
 
-# ==================================================================================================
-# Rows
-# ==================================================================================================
+# ==== Rows ========================================================================================
 # A row is a dict of plain values: what is known of one set of weights at one step. `name` says
 # which weights: raw, "0.99" or "0.99 debiased" (or real: held-out images); `samples` how they were
 # used: "2048 by dpm++ in 24 steps", or "" for losses alone. (step, name, samples) is its key. Rows
@@ -1014,9 +981,7 @@ def print_rows(rows, fields, keys=("step", "name")):
     print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
 
 
-# ==================================================================================================
-# The run
-# ==================================================================================================
+# ==== The run =====================================================================================
 
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 FIXED = (  # what a run cannot change half-way
@@ -1092,35 +1057,29 @@ class Run:
         if self.world > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         with explained(f"--data {s.data}: "):
-            data = load_data(s.data)
-            self.data, self.held_out = data.split(self.device)
-        s.data_shape = [*self.data.images.shape, data.num_classes]
+            data = self.data = load_data(s.data)
+        s.data_shape, channels = [*data.images.shape, data.num_classes], data.images.shape[1]
         torch.manual_seed(seed_of(INIT, s.seed))
-        self.model = self.parallel = UNet(data.images.shape[1], **s.network)
+        self.model = UNet(channels, **s.network)
         self.model.to(self.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
-        if self.world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.model)
+        several = self.world > 1
+        self.parallel = nn.parallel.DistributedDataParallel(self.model) if several else self.model
         self.diffusion = Diffusion(s.schedule, s.objective)
         self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr, fused=True)
         self.ema, self.initial = EMABank(self.model, s.tracked), self.vector()
         self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
         self.rows = read_rows(self.out)
         self.held_out_loss(1)  # what would fail later fails now: do the shapes fit?
-        torch.empty(s.batch_size, *self.data.images.shape[1:])  # is there room for a batch?
-        probe = EMABank(nn.Linear(1, 1), s.tracked)
-        for probe.step, decay in itertools.product(s.stage_steps, s.decay):
-            probe.error_bound(decay)  # can it be read there?
+        torch.empty(s.batch_size, *data.images.shape[1:])  # is there room for a batch?
         if s.features:
             with explained(f"--features {s.features}: "):
-                if not self.data.is_pictures:
-                    raise ValueError("it takes pictures, and these data are floats")
                 self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
-                self.extract(next(self.data.batches(2)))
+                self.extract(next(self.batches(data.train[:2])))
         torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
-        self.classifier = make_classifier(data.images.shape[1], data.num_classes)
+        self.classifier = make_classifier(channels, data.num_classes)
         if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
             show("training the classifier whose features the metrics use", keep=None)
-            train_classifier(self.classifier, data.split("cpu")[0])
+            train_classifier(self.classifier, data)
         self.classifier.to(self.device).eval()
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -1144,9 +1103,9 @@ class Run:
         s, device = self.settings, self.device
         self.model.train()
         torch.manual_seed(seed_of(TRAIN, s.seed, self.step))
-        index = torch.randint(len(self.data.images), (s.batch_size,), device=device)  # [B]
+        index = self.data.train[torch.randint(len(self.data.train), (s.batch_size,))]  # [B]
         t = self.times(torch.rand(s.batch_size, device=device))  # [B]
-        x0 = self.data.x0(index)  # [B, C, H, W]
+        x0 = self.data.x0(index, device)  # [B, C, H, W]
         if s.flip:
             x0 = torch.where(torch.rand(len(x0), 1, 1, 1, device=device) < 0.5, x0, x0.flip(3))
         eps = torch.randn_like(x0)
@@ -1176,21 +1135,17 @@ class Run:
         start, first = time.perf_counter(), self.step
         while True:  # log and save, then one step: so the last step is no special case
             ends = self.step == until
-            logs, saves = (ends or self.step % every == 0 for every in (s.log_every, s.save_every))
-            if (logs or saves) and not math.isfinite(
-                    self.running.sum().item() + self.held_out_loss(1)):
-                raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
-            if logs:
-                self.complete(self.names(self.ema.decays), "")
-            if logs and self.step > first:
-                speed = (self.step - first) / (time.perf_counter() - start)
-                show(f"step {self.step}/{s.steps}  loss {self.running[0] / self.running[2]:.4f}  "
-                     f"{speed * s.batch_size:.0f} images/s  "
-                     f"{(s.steps - self.step) / speed / 60:.1f} min left",
-                     keep=self.step == s.steps or None)
+            if ends or self.step % s.log_every == 0:
+                raw, *_ = self.complete(self.names(self.ema.decays), "")
+                if self.step > first:
+                    speed = (self.step - first) / (time.perf_counter() - start)
+                    show(f"step {self.step}/{s.steps}  loss {raw['loss']:.4f}  "
+                         f"{speed * s.batch_size:.0f} images/s  "
+                         f"{(s.steps - self.step) / speed / 60:.1f} min left",
+                         keep=self.step == s.steps or None)
             if self.step % s.log_every == 0:  # else the run may go on, with the same means
                 self.running.zero_()
-            if saves:
+            if ends or self.step % s.save_every == 0:
                 self.save(last)
             if ends:
                 return self.save(kept)
@@ -1232,32 +1187,41 @@ class Run:
     @torch.no_grad()
     def held_out_loss(self, num_images=256):
         """Mean loss on fixed images, noise and times, spread as in training."""
-        x0 = self.held_out.x0(slice(num_images))
+        x0 = self.data.x0(self.data.held_out[:num_images], self.device)
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)).to(x0)
         t = self.times((torch.arange(len(x0), device=x0.device) + 0.5) / len(x0))
         return self.diffusion.loss(self.network, x0, t, eps).mean().item()
 
-    def draw(self, count):
-        """Yields x0 [<=256, C, H, W] until there are `count`; all weights get the same noise."""
+    def batches(self, index):
+        """Yields x0 [<=256, C, H, W] of the images at these positions."""
+        return (self.data.x0(part, self.device) for part in index.split(256))
+
+    def images(self, name, count):
+        """Yields x0 [<=256, C, H, W]: held-out images, or samples, for all weights of one noise."""
         s, device = self.settings, self.device
+        if name == "real":
+            yield from self.batches(self.data.held_out[:count])
+            return
         for first in range(0, count, 256):
             generator = torch.Generator(device).manual_seed(seed_of(SAMPLE, s.seed, first))
-            shape = min(256, count - first), *self.data.images.shape[1:]
+            shape = min(256, count - first), *s.data_shape[1:4]
             noise = torch.randn(shape, generator=generator, device=device)
             noise = noise.contiguous(memory_format=torch.channels_last)
             *_, (_, x0, _) = self.diffusion.sample(
                 self.network, noise, s.sample_steps, generator=generator, clip=self.data.bound,
                 **SAMPLERS[s.sampler])
-            yield self.data.round(x0)
+            stored = ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # as an image
+            yield stored if self.data.is_pictures else x0
 
     def extract(self, x0):
         """Features [B, D] of x0 [B, C, H, W] by the network in --features, TorchScript."""
         images = ((x0 + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
         wanted = {"return_features"} & {a.name for a in self.extractor.forward.schema.arguments}
         features = self.extractor(images, **dict.fromkeys(wanted, True)).float()  # as Inception's
-        if features.dim() != 2 or len(features) != len(x0) or not features.isfinite().all():
+        if not (self.data.is_pictures and features.dim() == 2 and len(features) == len(x0)
+                and features.isfinite().all()):
             raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
-                             "finite [B, D]")
+                             "pictures, and finite [B, D] of them")
         return features
 
     def features(self, batches, what):
@@ -1274,11 +1238,11 @@ class Run:
     def reference(self):
         """What samples are compared with, see `measure`."""
         count, data = self.settings.num_samples, self.data
-        features, _ = self.features(data.batches(max(count, 10_000)), "training images")
+        images = self.batches(data.train[:max(count, 10_000)])
+        features, _ = self.features(images, "training images")
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
-        shares = None  # of the modes; one may be among the held-out images only
-        if data.names:
-            shares = data.labels.bincount(minlength=data.num_classes).double() / len(data.labels)
+        seen = data.labels[data.train].bincount(minlength=data.num_classes).to(once)  # some never
+        shares = seen / len(data.train) if data.names else None
         return {"moments": moments(features, once), "features": features[:count], "shares": shares}
 
     def measured(self, name, samples):
@@ -1296,18 +1260,20 @@ class Run:
                     "half_life_images": -math.log(2) / log * s.batch_size}
         with self.weights(row):
             if name != "real":
-                row["held_out_loss"] = self.held_out_loss()
+                moved = self.vector() - self.initial
+                row |= {"held_out_loss": self.held_out_loss(), "sketch": sketch(moved),
+                        "distance_initial": moved.norm().item(),
+                        "distance_raw": (self.vector() - raw).norm().item()}
             if samples:
-                batches = self.held_out.batches if name == "real" else self.draw
-                features = self.features(batches(s.num_samples), name)
-                fd, metrics = "fid" if s.features else "fd", measure(*features, self.reference)
-                return row | {metric.replace("fd", fd): metrics[metric] for metric in metrics}
-            moved = self.vector() - self.initial
-            row |= {"distance_initial": moved.norm().item(), "sketch": sketch(moved),
-                    "distance_raw": (self.vector() - raw).norm().item()}
-        loss, norm, count = self.running.tolist()
-        if name == "raw" and count:
-            row |= {"loss": loss / count, "grad_norm": norm / count}
+                metrics = measure(*self.features(self.images(name, s.num_samples), name),
+                                  self.reference)
+                fd = "fid" if s.features else "fd"
+                row |= {metric.replace("fd", fd): metrics[metric] for metric in metrics}
+        if name == "raw":
+            if not math.isfinite(row["held_out_loss"]):
+                raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
+            loss, norm, count = self.running.tolist()
+            row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
         return row
 
     @torch.no_grad()
@@ -1337,7 +1303,6 @@ class Run:
         """Adds the rows that the table lacks at this step, and draws the first samples."""
         s, images = self.settings, []
         _, *averages = self.complete(self.names(CANDIDATES), "")
-        self.complete(self.names([*self.ema.decays, *s.decay]), "")
         names, before = ["real", *self.names(s.decay)], len(self.rows)
         if s.auto:
             names.append(best(averages, "held_out_loss")["name"])
@@ -1346,8 +1311,7 @@ class Run:
             return
         for row in rows:
             with self.weights(row):
-                batches = self.data.batches(8) if row["name"] == "real" else self.draw(8)
-                images.append(next(batches).cpu())
+                images += self.images(row["name"], 8)
         plot_samples(self.out / "samples.png", rows, images)
         write_csv(self.out / "results.csv", self.rows.values())  # also for one who stops here
         if len(self.rows) > before and self.step < s.stage_steps[-1]:
@@ -1355,21 +1319,18 @@ class Run:
 
     def describe(self):
         """Says what will run, and what follows from it."""
-        s, count = self.settings, sum(p.numel() for p in self.model.parameters())
-        show(f"{s.data}: {s.data_shape[0]:,} training and {len(self.held_out.images):,} held-out "
-             f"images {s.data_shape[1:4]}, {len(self.data.names) or 'no'} modes\n"
+        s, data = self.settings, self.data
+        show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
+             f"{s.data_shape[1:4]}, {len(data.names) or 'no'} modes\n"
              f"{s.steps:,} steps of {s.batch_size} images, {s.objective} on the {s.schedule} path, "
-             f"UNet of {count:,} parameters on {self.world} x {self.device.type}, seed {s.seed}")
-        for decay in s.decay:
-            log = log_decays(decay, torch.arange(1, s.steps + 1, dtype=torch.float64))
-            show(f"EMA {decay}: init share {log.sum().exp():.2g} and horizon "
-                 f"{-1 / math.expm1(log[-1]):,.0f} steps at the end")
-        show(f"{s.samples} at steps {', '.join(map(str, s.stage_steps))}; all in {self.out}")
+             f"UNet of {len(self.initial):,} parameters on {self.world} x {self.device.type}, "
+             f"seed {s.seed}, {s.samples}; all in {s.out}")
+        for decay, r in zip(s.decay, reaches(s.decay, s.steps, s.steps)):
+            show(f"EMA {decay}: init share {1 - r[-1]:.2g} and horizon {1 / r[1]:,.0f} steps "
+                 "at the end")
 
 
-# ==================================================================================================
-# Pictures and reports
-# ==================================================================================================
+# ==== Pictures and reports ========================================================================
 
 NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay (0: raw weights)",
          "step": "training step", "tail_share": "rare modes: mass / true mass",
@@ -1478,7 +1439,7 @@ def plot_samples(path, rows, images):
     for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # latents: a channel
         strip = F.pad((x0 + 1) / 2, (0, 1), value=1.0).clamp(0, 1)  # white in between
-        strip = strip.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # [H, 8 (W + 1), 3]
+        strip = strip.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()  # [H, 8 (W + 1), 3]
         axis.imshow(strip, interpolation="nearest")
         axis.set_axis_off()
         height, width, _ = strip.shape
@@ -1551,9 +1512,7 @@ def report(runs, out):
             for field in (metrics[0], "precision", "tail_share")])
 
 
-# ==================================================================================================
-# Command line
-# ==================================================================================================
+# ==== Command line ================================================================================
 
 def number(kind, low, high):
     """A reader of numbers of this kind from low to high."""
@@ -1576,7 +1535,8 @@ SETTINGS = {  # flag: (default, what it is, a reader of its text or the names th
                "halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to 0.999999; "
                "auto, that of the lowest held-out loss at each stage"),
               several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
-    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz", str),
+    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz",
+             os.path.normpath),
     "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
     "steps": (4000, "optimizer steps; more than a finished run has trains it on", COUNT),
     "stages": ([1.0], "fractions of the run to evaluate at", several(number(float, 1e-9, 1))),
@@ -1636,8 +1596,6 @@ def resolve(given):
     last = load_checkpoint(path) if path.exists() else {"settings": {}, "step": 0}
     run, reached = last["settings"], last["step"]
     settings |= run | given
-    if run and os.path.realpath(settings["data"]) == os.path.realpath(run["data"]):
-        settings["data"] = run["data"]  # in another spelling
     if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
     s = argparse.Namespace(**settings | {"out": str(out)})

@@ -167,7 +167,7 @@ def test_float64_oracle_over_100000_steps(steps=100_000):
 @pytest.mark.parametrize("case", range(30))
 def test_thirty_random_cases(case):
     """Whatever comes together, also on a GPU: the recursion. By the section when pasted alone."""
-    section = Path(ddpm_ema.__file__).read_text().split("# EMA\n")[1].split("# Noise sched")[0]
+    section = re.split("# ==== .*=\n", Path(ddpm_ema.__file__).read_text())[1]
     start, end = section.split("2**15")  # a chunk of the fold: here there are many
     exec(f"{start}2**5{end}", pasted := {"__name__": "alone"})  # noqa: S102
     torch.manual_seed(case)
@@ -341,10 +341,12 @@ def test_applied_restores_and_guards_the_model(Average):
     ema.update()
     before, weights = copy.deepcopy(model.state_dict()), ema.weights()
     ema.weights()["base"].add_(1)  # it belongs to the reader
-    for action in (ema.update, ema.applied().__enter__, lambda: 1 / 0):
+    for action in (ema.update, lambda: 1 / 0):
         model.train().norm.eval()
         with pytest.raises((RuntimeError, ZeroDivisionError)), ema.applied() as swapped:
             assert swapped is model and model.training and not model.norm.training
+            with ema.applied(debias=True):
+                assert not torch.equal(model.embed.weight, weights["embed.weight"])
             same(weights, dict(model.state_dict()))
             model.train()(ids).sum().backward()  # moves the running statistics
             action()
@@ -898,9 +900,9 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
     with mock.patch.object(ddpm_ema, "measure", wraps=ddpm_ema.measure) as spy:
         run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=300", "--features", features)
     sampled, _, real = spy.call_args.args
-    labels = load_data(str(bars.data)).split("cpu")[0].labels
+    data = load_data(str(bars.data))
     assert (sampled[:44] != sampled[256:]).any()  # each batch has its own noise
-    assert (real["shares"] * 160).round().tolist() == labels.bincount().tolist()
+    assert (real["shares"] * 160).round().tolist() == data.labels[data.train].bincount().tolist()
     row = next(row for row in ddpm_ema.read_rows(tmp_path / "run").values() if "fid" in row)
     ours, real = (images.double().mean((1, 2, 3)) for images in (bars.held_out, bars.training))
     fid = 3 * ((ours.mean() - real.mean()) ** 2 + (ours.std() - real.std()) ** 2)  # all grey
@@ -1050,7 +1052,7 @@ def test_readme_code_and_parts_pasted_alone_run_and_requirements_agree():
     for block in blocks:  # one after another
         exec(block, names)  # noqa: S102
     assert len(blocks) == 2 and names["ema"].step == 1000 and names["x_t"].shape == (4, 3, 32, 32)
-    sections = re.split("# =+\n# (.*)\n# =+\n", Path(ddpm_ema.__file__).read_text())
+    sections = re.split("# ==== (.*?) =+\n", Path(ddpm_ema.__file__).read_text())
     for name, code in (
             ("Noise schedules, objectives and samplers",
              "assert len([*Diffusion().sample(lambda x, t: x, torch.ones(2, 1, 8, 8), 5)]) == 6"),
