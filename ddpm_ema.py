@@ -266,7 +266,6 @@ class EMABank(EMA):
         self._table[1] = self._table[0]
         cached = 2**15 if self._table.device.type == "cpu" else 2**18  # columns that fit a cache
         self._chunks = self._table.split(cached, dim=1)
-        self._scratch = torch.empty_like(self._table[1:, :cached])
         self._saved["path"] = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
 
     def _take(self, n):
@@ -288,12 +287,11 @@ class EMABank(EMA):
                 restored.callback(setattr, switch, "fp32_precision", own)
                 switch.fp32_precision = "ieee"
             for chunk in self._chunks:
-                moves, mean = self._scratch[:, : chunk.shape[1]].split([n + 1, len(mix)])
-                torch.sub(chunk[1 : n + 2], chunk[: n + 1], out=moves)  # θ_b - θ_0, δ_1 … δ_n
+                moves = chunk[1 : n + 2] - chunk[: n + 1]  # θ_b - θ_0, δ_1 … δ_n
                 if self.ladder:  # else no read-out has an error to bound
-                    steps = moves[1:].reshape(-1)
+                    steps = moves[1:].flatten()
                     self._saved["path"] += torch.dot(steps, steps)
-                torch.mm(mix, moves, out=mean)  # autocast leaves alone what has an out=
+                mean = torch.mm(mix, moves, out=moves.new_empty(0))  # autocast leaves out= alone
                 chunk[n + 2 :].lerp_(mean, share)
         self._table[1] = self._table[n + 1]
 
@@ -930,15 +928,14 @@ def settled(log):
     wobble: its standard deviation about a line over the last quarter of the steps, from successive
     differences (von Neumann 1941). reached: the first step not above raw's mean in that quarter.
     """
-    last, rows = log[-1]["step"], []
+    rows, last = [], log[-1]["step"]
     late = [row for row in log if row["step"] >= 0.75 * last]
     level = np.mean([row["held_out_loss"] for row in late if row["name"] == "raw"])
     for row in [row for row in log if row["step"] == last]:
         steps = np.diff([r["held_out_loss"] for r in late if r["name"] == row["name"]])
-        reached = [r["step"] for r in log
-                   if r["name"] == row["name"] and r["held_out_loss"] <= level]
+        low = (r["step"] for r in log if r["name"] == row["name"] and r["held_out_loss"] <= level)
         wobble = np.std(steps).item() / 2**0.5 if len(steps) > 1 else None
-        rows.append(row | {"wobble": wobble, "reached": min(reached, default=None)})
+        rows.append(row | {"wobble": wobble, "reached": next(low, None)})
     return rows
 
 
@@ -1238,8 +1235,8 @@ class Run:
     def reference(self):
         """What samples are compared with, see `measure`."""
         count, data = self.settings.num_samples, self.data
-        images = self.batches(data.train[:max(count, 10_000)])
-        features, _ = self.features(images, "training images")
+        first = data.train[:max(count, 10_000)]
+        features, _ = self.features(self.batches(first), "training images")
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         seen = data.labels[data.train].bincount(minlength=data.num_classes).to(once)  # some never
         shares = seen / len(data.train) if data.names else None
