@@ -616,48 +616,48 @@ from torch import distributed
 
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # from the most to the least frequent
 
+IDX_IMAGES, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", {
-        "train-images-idx3-ubyte.gz": "440fcabf73cc546f",
-        "train-labels-idx1-ubyte.gz": "3552534a0a558bbe"}),
-    "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", {
-        "train-images-idx3-ubyte.gz": "3aede38d61863908",
-        "train-labels-idx1-ubyte.gz": "a04f17134ac03560"}),
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/", {
-        "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"}),
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+              {IDX_IMAGES: "440fcabf73cc546f", IDX_LABELS: "3552534a0a558bbe"}),
+    "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                {IDX_IMAGES: "3aede38d61863908", IDX_LABELS: "a04f17134ac03560"}),
+    "cifar10": ("https://www.cs.toronto.edu/~kriz/",
+                {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"}),
 }
 
 
 class Dataset:
-    """Images [N, C, H, W], labels [N], and the names of their values where there are several.
+    """Images [N, C, H, W] and labels [N] of num_modes values, 0 where all are the same.
 
     Integers from 0 to 255 are pictures, which x0 scales to [-1, 1]; floats (latents,
     representations) get mean 0 and standard deviation 1 in each channel. bound is the largest |x0|.
     train and held_out are positions: a fifth is held out, at most 4,096, always the same.
     """
 
-    def __init__(self, images, labels=None, names=()):
+    def __init__(self, images, labels=None):
+        labels = np.zeros(len(images), int) if labels is None else labels
         self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
-        low, high = (0, 255) if self.is_pictures else (-1e18, 1e18)
-        if images.ndim != 4 or len(images) < 20 or not low <= images.min() <= images.max() <= high:
-            raise ValueError(f"images are {images.dtype} {list(images.shape)}; needed: 20 or more, "
-                             "[N, C, H, W] or [N, H, W, C], integers 0 to 255 or finite floats")
-        dtype = np.uint8 if self.is_pictures else np.float32
-        self.images = torch.from_numpy(np.ascontiguousarray(images, dtype))
+        low, top, dtype = (0, 255, np.uint8) if self.is_pictures else (-1e18, 1e18, np.float32)
+        if not (images.ndim == 4 and len(images) > 19 and low <= images.min() <= images.max() <= top
+                and labels.shape == images.shape[:1] and labels.dtype.kind in "iuU"):
+            raise ValueError(f"{images.dtype} images {list(images.shape)}, {labels.dtype} labels "
+                             f"{list(labels.shape)}; needed are 20 or more [N, C, H, W] or "
+                             "[N, H, W, C], integers 0 to 255 or finite floats, labels [N] of "
+                             "integers or texts, or none")
+        _, a, b, c = images.shape  # channels are last if the others agree, or if they are fewest
+        images = images.transpose(0, 3, 1, 2) if a == b != c or b != c < a else images
+        self.images = torch.from_numpy(np.array(images, dtype, order="C"))
         if not self.is_pictures:
             mean = self.images.mean((0, 2, 3), True, dtype=torch.float64)  # exact for equal values
             scale = self.images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
             self.images = (self.images - mean.float()) / scale
             self.bound = self.images.abs().max().item()
-        labels = np.zeros(len(images), int) if labels is None else labels
-        if labels.shape != (len(images),) or labels.dtype.kind not in "iuU":
-            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}; needed is one "
-                             f"integer or text for each of the {len(images)} images")
         values, labels = np.unique(labels, return_inverse=True)
         self.labels = torch.from_numpy(labels)
-        self.names = list(names or map(str, values)) if len(values) > 1 else []
+        self.num_modes = len(values) if len(values) > 1 else 0
         # Without labels the classifier learns to tell quarter turns, or half ones, apart.
-        self.num_classes = len(self.names) or (4 if images.shape[2] == images.shape[3] else 2)
+        self.num_classes = self.num_modes or (4 if images.shape[2] == images.shape[3] else 2)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         self.held_out, self.train = order.tensor_split([min(len(order) // 5, 4096)])
 
@@ -691,12 +691,14 @@ def draw_glyphs(num_images):
     return images.round().astype(np.uint8), labels
 
 
-def read_idx(path):
-    """An array of unsigned bytes from a file of the MNIST format, gzipped or not."""
-    data = path.read_bytes()
-    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    shape = np.frombuffer(data, ">u4", data[3], 4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
+def read_idx(folder, kind):
+    """An array of bytes from a file of the MNIST format, gzipped or not; None if there is none."""
+    file = max(folder.rglob(f"*{kind}*-ubyte*"), default=None)  # "train" comes after "t10k"
+    if file:
+        data = file.read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        shape = np.frombuffer(data, ">u4", data[3], 4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
 def read_pictures(files):
@@ -711,47 +713,36 @@ def read_pictures(files):
     return images.transpose(0, 3, 1, 2), np.array([str(path.parent) for path in files])
 
 
-def download(name):
-    """The folder of a data set of DOWNLOADS, fetched where it is not there yet."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", name)
-    cache.mkdir(parents=True, exist_ok=True)
-    address, files = DOWNLOADS[name]
-    for file, digest in files.items():
-        if not (cache / file).exists():
-            torch.hub.download_url_to_file(address + file, str(cache / file), digest)
-    return cache
-
-
-def load_data(source):
-    """The Dataset behind --data; whatever is wrong with it is an exception of some kind."""
+def read_data(source):
+    """Images, and labels or None, behind --data; any failure is an exception of some kind."""
     if source == "glyphs":
-        return Dataset(*draw_glyphs(24_096), GLYPHS)
-    path = download(source) if source in DOWNLOADS else Path(source or "nothing")
+        return draw_glyphs(24_096)
+    path = Path(source)
+    if source in DOWNLOADS:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", source)
+        path.mkdir(parents=True, exist_ok=True)
+        address, files = DOWNLOADS[source]
+        for file, digest in files.items():
+            if not (path / file).exists():
+                torch.hub.download_url_to_file(address + file, str(path / file), digest)
     if source == "cifar10":
         with tarfile.open(path / "cifar-10-binary.tar.gz") as tar:
             names = sorted(name for name in tar.getnames() if "data_batch" in name)
             batches = [tar.extractfile(name).read() for name in names]
         records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
-        return Dataset(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
+        return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
-            images, labels = file["images"], file.get("labels")
-        _, a, b, c = images.shape  # channels are last if the others agree, or if they are fewest
-        last = a == b != c or b != c < a
-        return Dataset(images.transpose(0, 3, 1, 2) if last else images, labels)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    pictures = [file for file in files if file.suffix.lower() in (
-        ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")]
+            return file["images"], file.get("labels")
+    pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in (
+        ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"))
     if pictures:
-        return Dataset(*read_pictures(pictures))
-    idx = {str(file).removesuffix(".gz"): file for file in files if "-ubyte" in file.name}
-    idx = [file for file in idx.values() if "train" in file.name] or [*idx.values()]
-    images, labels = ([read_idx(file) for file in idx if kind in file.name]
-                      for kind in ("images", "labels"))
-    if not images:
+        return read_pictures(pictures)
+    images, labels = (read_idx(path, kind) for kind in ("images", "labels"))
+    if images is None:
         raise ValueError(f"no data there; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder of "
                          "idx files or of images, and an .npz file")
-    return Dataset(np.concatenate(images)[:, None], np.concatenate(labels) if labels else None)
+    return images[:, None], labels
 
 
 # ==== Metrics =====================================================================================
@@ -779,7 +770,7 @@ def train_classifier(net, data, num_steps=500, batch_size=128):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps)
     for index in data.train[order].split(batch_size):
         x0, label = data.x0(index), data.labels[index]  # [B, C, H, W], [B]
-        if not data.names:
+        if not data.num_modes:
             label = torch.arange(batch_size) % data.num_classes
             turns = (label * (4 // data.num_classes)).tolist()
             x0 = torch.stack([x.rot90(k, (1, 2)) for x, k in zip(x0, turns)])
@@ -1054,7 +1045,7 @@ class Run:
         if self.world > 1 and not distributed.is_initialized():
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         with explained(f"--data {s.data}: "):
-            data = self.data = load_data(s.data)
+            data = self.data = Dataset(*read_data(s.data))
         s.data_shape, channels = [*data.images.shape, data.num_classes], data.images.shape[1]
         torch.manual_seed(seed_of(INIT, s.seed))
         self.model = UNet(channels, **s.network)
@@ -1239,7 +1230,7 @@ class Run:
         features, _ = self.features(self.batches(first), "training images")
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         seen = data.labels[data.train].bincount(minlength=data.num_classes).to(once)  # some never
-        shares = seen / len(data.train) if data.names else None
+        shares = seen / len(data.train) if data.num_modes else None
         return {"moments": moments(features, once), "features": features[:count], "shares": shares}
 
     def measured(self, name, samples):
@@ -1318,7 +1309,7 @@ class Run:
         """Says what will run, and what follows from it."""
         s, data = self.settings, self.data
         show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
-             f"{s.data_shape[1:4]}, {len(data.names) or 'no'} modes\n"
+             f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n"
              f"{s.steps:,} steps of {s.batch_size} images, {s.objective} on the {s.schedule} path, "
              f"UNet of {len(self.initial):,} parameters on {self.world} x {self.device.type}, "
              f"seed {s.seed}, {s.samples}; all in {s.out}")

@@ -39,7 +39,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ddpm_ema
 import toy2d
-from ddpm_ema import EMA, LADDER, PRESETS, Diffusion, EMABank, UNet, load_data, main
+from ddpm_ema import EMA, LADDER, PRESETS, Dataset, Diffusion, EMABank, UNet, main
 
 # ==== EMA =========================================================================================
 both = pytest.mark.parametrize("Average", [EMA, EMABank])
@@ -522,13 +522,13 @@ COLOUR, CLASSES = np.stack([PIXELS] * 3, axis=3), np.arange(40, dtype=np.uint8) 
 
 def test_glyphs_have_known_modes():
     """Labels name what is drawn, and all of 36 come, the r-th with a share ~ 1/r."""
-    data, canvas = load_data("glyphs"), np.zeros((36, 32, 32))
-    assert data.images.shape[1:] == (1, 16, 16) and len(data.names) == 36
+    data, canvas = Dataset(*ddpm_ema.read_data("glyphs")), np.zeros((36, 32, 32))
+    assert data.images.shape[1:] == (1, 16, 16) and data.num_modes == 36
     share = data.labels.bincount() / len(data.labels)
     np.testing.assert_allclose(share, (z := 1 / np.arange(1, 37)) / z.sum(), rtol=0.2)
     font = FT2Font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf")
     font.set_size(28, 72)
-    for template, name in zip(canvas, data.names):
+    for template, name in zip(canvas, ddpm_ema.GLYPHS):
         font.set_text(name)
         font.draw_glyphs_to_bitmap()
         h, w = (glyph := font.get_image()[:32, :32]).shape
@@ -563,10 +563,10 @@ def image_files(folder, images):
     (lambda f: np.savez(f / "x", images=COLOUR.astype(int), labels=CLASSES.astype(int) - 9), 3)])
 def test_every_format_gives_the_same_images_and_labels(make, channels, tmp_path):
     make(tmp_path)
-    data = load_data(str(next(tmp_path.glob("*.npz"), tmp_path)))
+    data = Dataset(*ddpm_ema.read_data(str(next(tmp_path.glob("*.npz"), tmp_path))))
     order = np.argsort(CLASSES, kind="stable") if (tmp_path / "a").exists() else np.arange(40)
     assert np.array_equal(data.images, PIXELS[order][:, None].repeat(channels, 1))
-    assert np.array_equal(data.labels, CLASSES[order]) and len(data.names) == 3
+    assert np.array_equal(data.labels, CLASSES[order]) and data.num_modes == 3
     assert torch.equal(((data.x0(torch.arange(5)) + 1) * 127.5).round(), data.images[:5])
 
 
@@ -575,12 +575,12 @@ def test_floats_are_standardised_by_channel(tmp_path, axes):
     latents = np.random.default_rng(0).normal(3, 5, (50, 4, 8, 8)) * [[[[1]], [[2]], [[3]], [[4]]]]
     latents[:, 3] = 300.7  # stays constant: no multiple of a power of two
     np.savez(tmp_path / "x", images=latents.transpose(axes), labels=np.arange(50) % 5 + 7)
-    data = load_data(f"{tmp_path}/x.npz")
+    data = Dataset(*ddpm_ema.read_data(f"{tmp_path}/x.npz"))
     x0 = data.x0(torch.arange(50))
     std, mean = torch.std_mean(x0[:, :3], (0, 2, 3))
     assert (std - 1).abs().max() < 1e-4 and mean.abs().max() < 1e-5
     assert data.bound == x0.abs().max()
-    assert not x0[:, 3].any() and data.names == ["7", "8", "9", "10", "11"]
+    assert not x0[:, 3].any() and data.num_modes == 5
 
 
 def test_downloads_are_checked_and_kept(tmp_path, monkeypatch, capfd):
@@ -606,9 +606,9 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch, capfd):
         with mock.patch.dict(os.environ, DDPM_EMA_DEBUG="1"), pytest.raises(RuntimeError):
             command("--data", name)  # with its traceback
         monkeypatch.setitem(ddpm_ema.DOWNLOADS, name, (f"{served.as_uri()}/", right))
-        load_data(name)
+        Dataset(*ddpm_ema.read_data(name))
     shutil.rmtree(served)
-    cifar, mnist, fashion = map(load_data, ("cifar10", "mnist", "fashion"))
+    mnist, fashion, cifar = (Dataset(*ddpm_ema.read_data(name)) for name in ddpm_ema.DOWNLOADS)
     assert cifar.images.shape == (200, 3, 32, 32) and cifar.labels[:4].tolist() == [0, 1, 2, 0]
     assert cifar.images[0].float().mean((1, 2)).tolist() == [200, 0, 0]
     assert np.array_equal(mnist.images[:, 0], PIXELS) and np.array_equal(fashion.labels, CLASSES)
@@ -900,7 +900,7 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
     with mock.patch.object(ddpm_ema, "measure", wraps=ddpm_ema.measure) as spy:
         run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=300", "--features", features)
     sampled, _, real = spy.call_args.args
-    data = load_data(str(bars.data))
+    data = Dataset(*ddpm_ema.read_data(str(bars.data)))
     assert (sampled[:44] != sampled[256:]).any()  # each batch has its own noise
     assert (real["shares"] * 160).round().tolist() == data.labels[data.train].bincount().tolist()
     row = next(row for row in ddpm_ema.read_rows(tmp_path / "run").values() if "fid" in row)
