@@ -1011,6 +1011,9 @@ def seed_of(stream, seed, index=0):
 
 
 def load_checkpoint(path):
+    """What `Run.save` wrote there; of a run that is yet to begin where there is nothing."""
+    if not path.exists():
+        return {"settings": {}, "step": 0}
     with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if {"settings", "step", "running", "ema"} <= checkpoint.keys():
@@ -1291,8 +1294,9 @@ class Run:
         """Adds the rows that the table lacks at this step, and draws the first samples."""
         s, images = self.settings, []
         _, *averages = self.complete(self.names(CANDIDATES), "")
-        names, before = ["real", *self.names(s.decay)], len(self.rows)
-        if s.auto:
+        names = ["real", *self.names(decay for decay in s.decay if decay != "auto")]
+        before = len(self.rows)
+        if "auto" in s.decay:
             names.append(best(averages, "held_out_loss")["name"])
         rows = self.complete(names, s.samples)
         if self.rank:
@@ -1304,18 +1308,6 @@ class Run:
         write_csv(self.out / "results.csv", self.rows.values())  # also for one who stops here
         if len(self.rows) > before and self.step < s.stage_steps[-1]:
             print_rows(rows, known(rows))
-
-    def describe(self):
-        """Says what will run, and what follows from it."""
-        s, data = self.settings, self.data
-        show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
-             f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n"
-             f"{s.steps:,} steps of {s.batch_size} images, {s.objective} on the {s.schedule} path, "
-             f"UNet of {len(self.initial):,} parameters on {self.world} x {self.device.type}, "
-             f"seed {s.seed}, {s.samples}; all in {s.out}")
-        for decay, r in zip(s.decay, reaches(s.decay, s.steps, s.steps)):
-            show(f"EMA {decay}: init share {1 - r[-1]:.2g} and horizon {1 / r[1]:,.0f} steps "
-                 "at the end")
 
 
 # ==== Pictures and reports ========================================================================
@@ -1577,28 +1569,23 @@ def read_flags(flags, doc, argv=None):
 
 def resolve(given):
     """The settings of a run: what is given, over those of the run in --out, over the preset's."""
-    settings = {name: default for name, (default, _, _) in SETTINGS.items() if name != "report"}
+    settings = {name: default for name, (default, *_) in SETTINGS.items()}
     settings |= PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
     out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
-    path = out / "last.pt"
-    last = load_checkpoint(path) if path.exists() else {"settings": {}, "step": 0}
+    last = load_checkpoint(out / "last.pt")
     run, reached = last["settings"], last["step"]
-    settings |= run | given
     if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
-    s = argparse.Namespace(**settings | {"out": str(out)})
-    items = ",".join(s.decay).replace("sweep", SWEEP).split(",")
-    s.auto = "auto" in items or ("decay" not in given and run.get("auto", False))
-    s.decay = list(dict.fromkeys(item for item in items if item != "auto"))
-    s.tracked = run.get("tracked", s.decay)
+    s = argparse.Namespace(**settings | run | given | {"out": str(out)})
+    s.decay = list(dict.fromkeys(",".join(s.decay).replace("sweep", SWEEP).split(",")))
+    s.tracked = run.get("tracked", [decay for decay in s.decay if decay != "auto"])
     if s.steps < reached or (run.get("cooldown") and s.steps != run["steps"]):
         raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
-                         f"{run['steps']} steps" + " with a cooldown at the end" * (s.cooldown > 0))
+                         f"{run['steps']} steps, cooldown {run['cooldown']}")
     steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
     s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
     if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
-        raise ValueError(f"{out} kept no checkpoint at a step of {steps}: ask for --stages before "
-                         "training")
+        raise ValueError(f"{out} kept no checkpoint at each of {steps}: --stages come first")
     s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
     s.samples += f", features {s.features}" if s.features else ""
     return s
@@ -1606,9 +1593,8 @@ def resolve(given):
 
 def finished(folder):
     """[(settings, {key: row})] of a finished run, one for each kind of samples; or ValueError."""
-    rows, path = read_rows(folder), folder / "last.pt"
-    run = load_checkpoint(path) if path.exists() else {}
-    if not rows or not run or run["step"] < run["settings"]["steps"]:
+    rows, run = read_rows(folder), load_checkpoint(folder / "last.pt")
+    if not rows or run["step"] < run["settings"].get("steps", math.inf):
         raise ValueError(f"{folder} holds no finished run; give what --out named")
     settings = run["settings"] | {"data": os.path.basename(run["settings"]["data"])}
     kinds = dict.fromkeys(row["samples"] for row in rows.values() if row["samples"])
@@ -1625,8 +1611,11 @@ def main(argv=None):
         runs = [run for folder in folders for run in finished(folder)]
         return report(runs, Path(given.get("out") or "runs/report"))
     run = Run(resolve(given))
-    s = run.settings
-    run.describe()
+    s, data = run.settings, run.data
+    show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
+         f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n{s.steps:,} steps of {s.batch_size} "
+         f"images, {s.objective} on the {s.schedule} path, UNet of {len(run.initial):,} parameters "
+         f"on {run.world} x {run.device.type}, seed {s.seed}, {s.samples}; all in {s.out}")
     for step in s.stage_steps:
         run.train(step)
         run.evaluate()
