@@ -887,10 +887,13 @@ def read_rows(folder):
         return {key_of(row): row for row in map(json.loads, lines)}
 
 
-def write_csv(path, rows):
-    """results.csv: the rows for people, of what is a number or a text."""
+def write_rows(folder, rows):
+    """metrics.jsonl, and results.csv for people: the rows, of what is a number or a text."""
+    with replacing(folder / "metrics.jsonl") as draft:
+        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = dict.fromkeys(["step", "name", "init_share", "samples"])
     names |= {name: None for row in rows for name in row if not isinstance(row[name], list)}
+    path = folder / "results.csv"
     with replacing(path) as draft, draft.open("w", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
         writer.writeheader()
@@ -1280,8 +1283,7 @@ class Run:
                 distributed.all_gather_object(parts, parts[0])
             self.rows |= {key_of(row): row for row in itertools.chain(*parts)}
             if self.rank == 0:
-                with replacing(self.out / "metrics.jsonl") as temporary:
-                    temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows.values()))
+                write_rows(self.out, self.rows.values())
             done = min(i + self.world, len(lacking))
             left = (time.perf_counter() - start) / done * (len(lacking) - done) / 60
             if samples:
@@ -1305,7 +1307,6 @@ class Run:
             with self.weights(row):
                 images += self.images(row["name"], 8)
         plot_samples(self.out / "samples.png", rows, images)
-        write_csv(self.out / "results.csv", self.rows.values())  # also for one who stops here
         if len(self.rows) > before and self.step < s.stage_steps[-1]:
             print_rows(rows, known(rows))
 
@@ -1613,17 +1614,15 @@ def main(argv=None):
     run = Run(resolve(given))
     s, data = run.settings, run.data
     show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
-         f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n{s.steps:,} steps of {s.batch_size} "
-         f"images, {s.objective} on the {s.schedule} path, UNet of {len(run.initial):,} parameters "
-         f"on {run.world} x {run.device.type}, seed {s.seed}, {s.samples}; all in {s.out}")
+         f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n{s.steps:,} steps of "
+         f"{s.batch_size} images, {s.objective} on the {s.schedule} path, UNet of {len(run.initial):,} "
+         f"parameters on {run.world} x {run.device.type}, seed {s.seed}, {s.samples}; all in {s.out}")
     for step in s.stage_steps:
         run.train(step)
         run.evaluate()
     run.train(s.steps)
     if run.rank == 0:
-        rows = list(run.rows.values())
-        log = [row for row in rows if row["samples"] == "" and row["decay"] in ("raw", *s.tracked)]
-        write_csv(run.out / "results.csv", rows)
+        log = [r for r in run.rows.values() if not r["samples"] and r["decay"] in ("raw", *s.tracked)]
         plot_curves(run.out / "curves.png", s.data, log)
         print_rows(settled(log), ["held_out_loss", "wobble", "reached", "distance_initial",
                                   "distance_raw"])

@@ -816,7 +816,7 @@ def test_a_run_that_died_ends_as_if_it_had_not(bars, tmp_path, capfd, owner, nam
     with death(owner, name, calls, error), pytest.raises((KeyboardInterrupt, SystemExit)):
         run(bars.data, tmp_path, *FLAGS)
     assert error is KeyboardInterrupt or "disk is full\n" in capfd.readouterr().err
-    assert (tmp_path / "results.csv").exists() == (calls > 5)
+    assert (tmp_path / "results.csv").exists()
     run(bars.data, tmp_path, *FLAGS)
     assert bars.rows.items() <= ddpm_ema.read_rows(tmp_path).items()  # to the last bit
     assert not [*tmp_path.glob("tmp-*")]
