@@ -599,7 +599,6 @@ import argparse
 import csv
 import functools
 import gzip
-import itertools
 import json
 import operator
 import os
@@ -687,8 +686,7 @@ def draw_glyphs(num_images):
         h, w = size = np.array(glyph.shape)
         top, left = ((32 - size) / 2 + rng.uniform(-1, 1, 2)).clip(0, 32 - size).round().astype(int)
         canvas[i, top:top + h, left:left + w] = glyph
-    images = canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5))
-    return images.round().astype(np.uint8), labels
+    return canvas.reshape(num_images, 1, 16, 2, 16, 2).mean((3, 5)).round().astype(np.uint8), labels
 
 
 def read_idx(folder, kind):
@@ -759,10 +757,7 @@ def make_classifier(channels, num_classes):
 
 
 def train_classifier(net, data, num_steps=500, batch_size=128):
-    """Trains it with all classes equally often, so that rare ones are read as well as others.
-
-    Where there are no labels it learns by how many quarter turns an image was rotated.
-    """
+    """Trains it with all classes equally often, so that rare ones are read as well as others."""
     labels = data.labels[data.train]
     weight = 1 / labels.bincount()[labels]
     order = torch.multinomial(weight.double(), num_steps * batch_size, replacement=True)
@@ -832,7 +827,6 @@ def measure(features, probs, real, num_bootstrap=20):
     true, n, m, rows = real["shares"], len(features), len(real["features"]), []
     p, mode = probs.double(), probs.argmax(1)  # [N, K], [N]
     plogp = (p * p.clamp(min=1e-12).log()).sum(1)  # [N]
-    confident = (probs.amax(1) > 0.9).double()
     precise = manifold_share(features, real["features"]).double()
     recalled = manifold_share(real["features"], features).double()
     generator = torch.Generator(features.device).manual_seed(0)
@@ -849,7 +843,7 @@ def measure(features, probs, real, num_bootstrap=20):
             rare = true.argsort(descending=True)[len(true) // 2:]
             row |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
                     "covered_modes": (share > true / 4).double().sum().item(),
-                    "legible": (drawn @ confident).item() / n,
+                    "legible": (drawn @ (probs.amax(1) > 0.9).double()).item() / n,
                     "modes": (share / true).nan_to_num(posinf=0).tolist()}
         rows.append(row)
     return rows[0] | {f"{name}_sd": np.std([row[name] for row in rows[1:]], 0, ddof=1).tolist()
@@ -947,8 +941,7 @@ def cell(row, field):
 def print_table(header, lines, keys=2):
     """Prints texts as Markdown; what goes beyond 120 columns comes below, after the same `keys`."""
     widths = [max(3, *map(len, column)) for column in zip(header, *lines)]
-    fit = sum(end < 120 for end in itertools.accumulate(width + 3 for width in widths))
-    fit = max(fit, keys + 1)
+    fit = max(keys + 1, np.searchsorted(np.cumsum([width + 3 for width in widths]), 120))
     print()
     for line in (header, ["-" * width for width in widths], *lines):
         print("| " + " | ".join(map(str.ljust, line[:fit], widths)) + " |")
@@ -1281,7 +1274,7 @@ class Run:
             if self.world > 1:
                 parts *= self.world
                 distributed.all_gather_object(parts, parts[0])
-            self.rows |= {key_of(row): row for row in itertools.chain(*parts)}
+            self.rows |= {key_of(row): row for part in parts for row in part}
             if self.rank == 0:
                 write_rows(self.out, self.rows.values())
             done = min(i + self.world, len(lacking))
@@ -1512,9 +1505,8 @@ def several(read):
 
 COUNT = number(int, 1, 10**8)
 SETTINGS = {  # flag: (default, what it is, a reader of its text or the names that it may be)
-    "decay": (["0.999"], ("EMA decays, with commas: 0 to 1; step, the plain mean; ramp:0.9999; "
-               "halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to 0.999999; "
-               "auto, that of the lowest held-out loss at each stage"),
+    "decay": (["0.999"], ("EMA decays: 0 to 1; step, the plain mean; ramp:0.9999; halflife:2000; "
+              "power:0.10; sweep, ten of them; auto, by the held-out loss; several with commas"),
               several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
     "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz",
              os.path.normpath),
@@ -1549,7 +1541,7 @@ PRESETS = {
 SWEEP = "0.5,0.9,0.99,0.999,0.9993,0.9995,0.9997,0.9999,0.99999,0.999999"
 
 
-def read_flags(flags, doc, argv=None):
+def read_flags(flags, doc, argv):
     """{name: value} of what is given; `flags` are like SETTINGS, a default () takes several."""
     parser = argparse.ArgumentParser(
         description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
@@ -1562,7 +1554,6 @@ def read_flags(flags, doc, argv=None):
         default = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(flag, help=f"{text} [{default}]", nargs="+" if default == () else None,
                             **takes)
-    argv = sys.argv[1:] if argv is None else argv
     if broken := [text for text in argv if text.endswith("=--")]:  # argparse would fail on it
         stop(f"{broken[0]}: -- is no value")
     return vars(parser.parse_args(argv))
@@ -1603,7 +1594,7 @@ def finished(folder):
 
 
 @explained()
-def main(argv=None):
+def main(argv):
     given = read_flags(SETTINGS, __doc__, argv)
     sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
     if folders := given.pop("report", None):
@@ -1615,14 +1606,15 @@ def main(argv=None):
     s, data = run.settings, run.data
     show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
          f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n{s.steps:,} steps of "
-         f"{s.batch_size} images, {s.objective} on the {s.schedule} path, UNet of {len(run.initial):,} "
-         f"parameters on {run.world} x {run.device.type}, seed {s.seed}, {s.samples}; all in {s.out}")
+         f"{s.batch_size}, {s.objective} on the {s.schedule} path, {len(run.initial):,} weights on "
+         f"{run.world} x {run.device.type}, seed {s.seed}, {s.samples}; all in {s.out}")
     for step in s.stage_steps:
         run.train(step)
         run.evaluate()
     run.train(s.steps)
     if run.rank == 0:
-        log = [r for r in run.rows.values() if not r["samples"] and r["decay"] in ("raw", *s.tracked)]
+        log = [row for row in run.rows.values()
+               if not row["samples"] and row["decay"] in ("raw", *s.tracked)]
         plot_curves(run.out / "curves.png", s.data, log)
         print_rows(settled(log), ["held_out_loss", "wobble", "reached", "distance_initial",
                                   "distance_raw"])
@@ -1631,7 +1623,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint")
         sys.exit(130)

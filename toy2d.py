@@ -400,7 +400,7 @@ def run(rows, decay, steps, seeds, batch_size, target, out):
     plot_stages(out / "stages.png", rows)
 
 
-def main(argv=None):
+def main(argv):
     settings = {name: default for name, (default, *_) in FLAGS.items()}
     settings |= read_flags(FLAGS, __doc__, argv)
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -417,4 +417,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
