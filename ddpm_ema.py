@@ -611,10 +611,8 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
-from torch import distributed
 
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # from the most to the least frequent
-
 IDX_IMAGES, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
 DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -1041,8 +1039,8 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        if self.world > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.world > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         with explained(f"--data {s.data}: "):
             data = self.data = Dataset(*read_data(s.data))
         s.data_shape, channels = [*data.images.shape, data.num_classes], data.images.shape[1]
@@ -1108,7 +1106,7 @@ class Run:
         self.ema.update()
         loss = loss.detach()
         if self.world > 1:
-            distributed.all_reduce(loss)
+            torch.distributed.all_reduce(loss)
         self.running += torch.stack([loss, norm, torch.ones_like(loss)])
         self.step += 1
 
@@ -1145,7 +1143,7 @@ class Run:
             with replacing(path) as temporary:
                 torch.save(state, temporary)
         if self.world > 1:
-            distributed.barrier()
+            torch.distributed.barrier()
 
     def load(self, path):
         state, ours = load_checkpoint(path), vars(self.settings)
@@ -1273,7 +1271,7 @@ class Run:
             parts = [[self.measured(name, samples) for name in lacking[i + self.rank:][:1]]]
             if self.world > 1:
                 parts *= self.world
-                distributed.all_gather_object(parts, parts[0])
+                torch.distributed.all_gather_object(parts, parts[0])
             self.rows |= {key_of(row): row for part in parts for row in part}
             if self.rank == 0:
                 write_rows(self.out, self.rows.values())
