@@ -1575,7 +1575,7 @@ def resolve(given):
     steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
     s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
     if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
-        raise ValueError(f"{out} kept no checkpoint at each of {steps}: --stages come first")
+        raise ValueError(f"{out} kept no checkpoint at a step of {steps}; first set --stages")
     s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
     s.samples += f", features {s.features}" if s.features else ""
     return s
