@@ -698,15 +698,14 @@ def read_idx(folder, kind):
 
 
 def read_pictures(files):
-    """Images of one size; the classes are their folders."""
+    """Images [N, H, W, C] of one size, grey among colour as colour; classes are their folders."""
     images = []
     for path in files:
         with explained(f"--data {path}: "):
             image = np.atleast_3d(matplotlib.image.imread(path))[:, :, :3]  # grey, colour; no alpha
         peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max  # floats from PNG
         images.append((image * (255 / peak)).round().astype(np.uint8))
-    images = np.stack(np.broadcast_arrays(*images))  # grey among colour becomes colour
-    return images.transpose(0, 3, 1, 2), np.array([str(path.parent) for path in files])
+    return np.stack(np.broadcast_arrays(*images)), np.array([str(path.parent) for path in files])
 
 
 def read_data(source):
