@@ -1046,8 +1046,9 @@ class Run:
         torch.manual_seed(seed_of(INIT, s.seed))
         self.model = UNet(channels, **s.network)
         self.model.to(self.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
-        several = self.world > 1
-        self.parallel = nn.parallel.DistributedDataParallel(self.model) if several else self.model
+        parallel = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
+        bfloat16 = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
+        self.network = bfloat16(parallel)  # autocast as a decorator; only a GPU takes bfloat16
         self.diffusion = Diffusion(s.schedule, s.objective)
         self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr, fused=True)
         self.ema, self.initial = EMABank(self.model, s.tracked), self.vector()
@@ -1070,11 +1071,6 @@ class Run:
     def vector(self):
         """All weights that the model has at the moment, [P]."""
         return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
-
-    def network(self, x, t):
-        """The model, in bfloat16 on a GPU; gradients are averaged over the processes."""
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            return self.parallel(x, t)
 
     def times(self, u):
         """Times t [B] of uniform u [B]; logit-normal as in Esser et al. 2024 (arXiv:2403.03206)."""
