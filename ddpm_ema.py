@@ -1059,7 +1059,7 @@ class Run:
         if s.features:
             with explained(f"--features {s.features}: "):
                 self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
-                self.extract(next(self.batches(data.train[:2])))
+                self.extract(data.x0(data.train[:2], self.device))
         torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
         self.classifier = make_classifier(channels, data.num_classes)
         if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
@@ -1158,11 +1158,12 @@ class Run:
             names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
         return names
 
-    def weights(self, row):
-        """The model has the weights of this row inside the with block."""
-        if row["name"] in ("raw", "real"):
+    def weights(self, name):
+        """The model has these weights inside the with block."""
+        if name == "raw":
             return contextlib.nullcontext()
-        return self.ema.applied(row["decay"], row["debiased"])
+        decay, _, debiased = name.partition(" ")
+        return self.ema.applied(decay, bool(debiased))
 
     @torch.no_grad()
     def held_out_loss(self, num_images=256):
@@ -1172,26 +1173,23 @@ class Run:
         t = self.times((torch.arange(len(x0), device=x0.device) + 0.5) / len(x0))
         return self.diffusion.loss(self.network, x0, t, eps).mean().item()
 
-    def batches(self, index):
-        """Yields x0 [<=256, C, H, W] of the images at these positions."""
-        return (self.data.x0(part, self.device) for part in index.split(256))
-
     def images(self, name, count):
-        """Yields x0 [<=256, C, H, W]: held-out images, or samples, for all weights of one noise."""
-        s, device = self.settings, self.device
-        if name == "real":
-            yield from self.batches(self.data.held_out[:count])
+        """Yields x0 [<=256, C, H, W]: the data's, or samples by these weights, all of one noise."""
+        s, data, device = self.settings, self.data, self.device
+        index = {"real": data.held_out, "training images": data.train}.get(name)
+        if index is not None:
+            yield from (data.x0(part, device) for part in index[:count].split(256))
             return
-        for first in range(0, count, 256):
-            generator = torch.Generator(device).manual_seed(seed_of(SAMPLE, s.seed, first))
-            shape = min(256, count - first), *s.data_shape[1:4]
-            noise = torch.randn(shape, generator=generator, device=device)
-            noise = noise.contiguous(memory_format=torch.channels_last)
-            *_, (_, x0, _) = self.diffusion.sample(
-                self.network, noise, s.sample_steps, generator=generator, clip=self.data.bound,
-                **SAMPLERS[s.sampler])
-            stored = ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # as an image
-            yield stored if self.data.is_pictures else x0
+        with self.weights(name):
+            for first in range(0, count, 256):
+                generator = torch.Generator(device).manual_seed(seed_of(SAMPLE, s.seed, first))
+                shape = min(256, count - first), *s.data_shape[1:4]
+                noise = torch.randn(shape, generator=generator, device=device)
+                *_, (_, x0, _) = self.diffusion.sample(
+                    self.network, noise.contiguous(memory_format=torch.channels_last),
+                    s.sample_steps, generator=generator, clip=data.bound, **SAMPLERS[s.sampler])
+                stored = ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # as an image
+                yield stored if data.is_pictures else x0
 
     def extract(self, x0):
         """Features [B, D] of x0 [B, C, H, W] by the network in --features, TorchScript."""
@@ -1204,22 +1202,21 @@ class Run:
                              "pictures, and finite [B, D] of them")
         return features
 
-    def features(self, batches, what):
-        """Features [N, D] and class probabilities [N, K] of batches of x0."""
+    def features(self, name, count):
+        """Features [N, D] and class probabilities [N, K] of `images`."""
         pairs = []
-        for x0 in batches:
+        for x0 in self.images(name, count):
             own = self.classifier.features(x0)
             probs = self.classifier.logits(own).softmax(1)
             pairs.append((self.extract(x0) if self.settings.features else own, probs))
-            show(f"step {self.step}, {what}: batch {len(pairs)}", keep=False)
+            show(f"step {self.step}, {name}: batch {len(pairs)}", keep=False)
         return [torch.cat(parts) for parts in zip(*pairs)]
 
     @functools.cached_property
     def reference(self):
         """What samples are compared with, see `measure`."""
         count, data = self.settings.num_samples, self.data
-        first = data.train[:max(count, 10_000)]
-        features, _ = self.features(self.batches(first), "training images")
+        features, _ = self.features("training images", max(count, 10_000))
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         seen = data.labels[data.train].bincount(minlength=data.num_classes).to(once)  # some never
         shares = seen / len(data.train) if data.num_modes else None
@@ -1227,7 +1224,7 @@ class Run:
 
     def measured(self, name, samples):
         """The row of some weights: their losses and distances, and how good their samples are."""
-        s, raw, decay = self.settings, self.vector(), name.removesuffix(" debiased")
+        s, decay = self.settings, name.removesuffix(" debiased")
         row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
                "debiased": decay != name}
         if name == "raw":
@@ -1238,17 +1235,17 @@ class Run:
             log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
             row |= {"horizon": -1 / math.expm1(log),
                     "half_life_images": -math.log(2) / log * s.batch_size}
-        with self.weights(row):
-            if name != "real":
-                moved = self.vector() - self.initial
-                row |= {"held_out_loss": self.held_out_loss(), "sketch": sketch(moved),
-                        "distance_initial": moved.norm().item(),
-                        "distance_raw": (self.vector() - raw).norm().item()}
-            if samples:
-                metrics = measure(*self.features(self.images(name, s.num_samples), name),
-                                  self.reference)
-                fd = "fid" if s.features else "fd"
-                row |= {metric.replace("fd", fd): metrics[metric] for metric in metrics}
+        if name != "real":
+            raw = self.vector()
+            with self.weights(name):
+                loss, now = self.held_out_loss(), self.vector()
+            row |= {"held_out_loss": loss, "sketch": sketch(now - self.initial),
+                    "distance_initial": (now - self.initial).norm().item(),
+                    "distance_raw": (now - raw).norm().item()}
+        if samples:
+            metrics = measure(*self.features(name, s.num_samples), self.reference)
+            fd = "fid" if s.features else "fd"
+            row |= {metric.replace("fd", fd): metrics[metric] for metric in metrics}
         if name == "raw":
             if not math.isfinite(row["held_out_loss"]):
                 raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
@@ -1280,18 +1277,15 @@ class Run:
     @torch.no_grad()
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
-        s, images = self.settings, []
+        s = self.settings
         _, *averages = self.complete(self.names(CANDIDATES), "")
-        names = ["real", *self.names(decay for decay in s.decay if decay != "auto")]
-        before = len(self.rows)
-        if "auto" in s.decay:
-            names.append(best(averages, "held_out_loss")["name"])
+        chosen, before = best(averages, "held_out_loss")["name"], len(self.rows)
+        fixed = [decay for decay in s.decay if decay != "auto"]
+        names = ["real", *self.names(fixed)] + [chosen] * ("auto" in s.decay)
         rows = self.complete(names, s.samples)
         if self.rank:
             return
-        for row in rows:
-            with self.weights(row):
-                images += self.images(row["name"], 8)
+        images = [x0 for row in rows for x0 in self.images(row["name"], 8)]
         plot_samples(self.out / "samples.png", rows, images)
         if len(self.rows) > before and self.step < s.stage_steps[-1]:
             print_rows(rows, known(rows))
