@@ -659,7 +659,7 @@ class Dataset:
         self.held_out, self.train = order.tensor_split([min(len(order) // 5, 4096)])
 
     def x0(self, index, device="cpu"):
-        """Images as the network sees them, [B, C, H, W] float32."""
+        """Images as the network sees them, [B, C, H, W] float32; channels last: a fifth faster."""
         x0 = self.images[index].to(device).float().contiguous(memory_format=torch.channels_last)
         return (x0 - 127.5) / 127.5 if self.is_pictures else x0
 
@@ -809,11 +809,11 @@ def manifold_share(features, reference, k=3):
 def measure(features, probs, real, num_bootstrap=20):
     """Every metric of samples with features [N, D] and class probabilities [N, K], and its spread.
 
-    `real` holds what they are compared with: `moments`, `features` [M, D] and, where the modes
-    are known, their true `shares` [K]. NAME_sd is a standard deviation over bootstrap resamples;
-    one is how often it drew each row, so that every metric is a weighted sum.
+    `real` holds what they are compared with: `moments`, `features` [M, D], what the `distance` is
+    called and, where the modes are known, their true `shares` [K]. NAME_sd is a standard deviation
+    over bootstrap resamples; one is how often it drew each row: every metric is a weighted sum.
 
-    fd             Fréchet distance            is    Inception Score, exp E KL(p(y|x) | p(y))
+    fd, fid        Fréchet distance            is    Inception Score, exp E KL(p(y|x) | p(y))
     precision      share of samples within the manifold of the real features; recall: the reverse
     With known modes also
     tail_share     mass on the rarer half of the modes over its true mass
@@ -832,7 +832,7 @@ def measure(features, probs, real, num_bootstrap=20):
             torch.randint(size, (size,), device=p.device, generator=generator).bincount(
                 minlength=size).double() if resample else p.new_ones(size) for size in (n, m))
         share, mean = mode.bincount(drawn, p.shape[1]) / n, drawn @ p / n  # [K]
-        row = {"fd": frechet_distance(*moments(features, drawn), *real["moments"]),
+        row = {real["distance"]: frechet_distance(*moments(features, drawn), *real["moments"]),
                "is": math.exp(drawn @ plogp / n - mean @ mean.clamp(min=1e-12).log()),
                "precision": (drawn @ precise).item() / n,
                "recall": (drawn_real @ recalled).item() / m}
@@ -967,6 +967,7 @@ def print_rows(rows, fields, keys=("step", "name")):
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 FIXED = (  # what a run cannot change half-way
     "preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective", "schedule")
+PARTS = "model", "optimizer", "ema", "classifier"  # of a checkpoint
 INIT, TRAIN, SAMPLE = range(3)  # streams of random numbers
 CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
     "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
@@ -1029,8 +1030,6 @@ class Run:
     rows, trains on its share of each batch and measures its share of the rows; rank 0 writes.
     """
 
-    PARTS = ("model", "optimizer", "ema", "classifier")
-
     def __init__(self, settings):
         s = self.settings = settings
         self.out, self.step = Path(s.out), 0
@@ -1044,8 +1043,7 @@ class Run:
             data = self.data = Dataset(*read_data(s.data))
         s.data_shape, channels = [*data.images.shape, data.num_classes], data.images.shape[1]
         torch.manual_seed(seed_of(INIT, s.seed))
-        self.model = UNet(channels, **s.network)
-        self.model.to(self.device, memory_format=torch.channels_last)  # a fifth faster on a CPU
+        self.model = UNet(channels, **s.network).to(self.device, memory_format=torch.channels_last)
         parallel = nn.parallel.DistributedDataParallel(self.model) if self.world > 1 else self.model
         bfloat16 = torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda")
         self.network = bfloat16(parallel)  # autocast as a decorator; only a GPU takes bfloat16
@@ -1132,7 +1130,7 @@ class Run:
             self.train_step()
 
     def save(self, path):
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state = {name: getattr(self, name).state_dict() for name in PARTS}
         state |= {"step": self.step, "running": self.running, "settings": vars(self.settings)}
         if self.rank == 0:
             with replacing(path) as temporary:
@@ -1146,10 +1144,9 @@ class Run:
             if state["settings"][key] != ours[key]:
                 raise ValueError(f"the run in {self.out} has {key} {state['settings'][key]}, not "
                                  f"{ours[key]}; leave that out, or choose another --out")
-        for part in self.PARTS:
+        for part in PARTS:
             getattr(self, part).load_state_dict(state[part])
-        self.running.copy_(state["running"])
-        self.step = state["step"]
+        self.step, self.running = state["step"], state["running"].to(self.device)
 
     def names(self, decays):
         """raw and these averages, debiased as well where the initial weights weigh anything."""
@@ -1196,8 +1193,8 @@ class Run:
         images = ((x0 + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
         wanted = {"return_features"} & {a.name for a in self.extractor.forward.schema.arguments}
         features = self.extractor(images, **dict.fromkeys(wanted, True)).float()  # as Inception's
-        if not (self.data.is_pictures and features.dim() == 2 and len(features) == len(x0)
-                and features.isfinite().all()):
+        fits = features.shape == (len(x0), features.shape[-1]) and features.isfinite().all()
+        if not (fits and self.data.is_pictures):
             raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
                              "pictures, and finite [B, D] of them")
         return features
@@ -1220,7 +1217,8 @@ class Run:
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         seen = data.labels[data.train].bincount(minlength=data.num_classes).to(once)  # some never
         shares = seen / len(data.train) if data.num_modes else None
-        return {"moments": moments(features, once), "features": features[:count], "shares": shares}
+        return {"distance": "fid" if self.settings.features else "fd", "shares": shares,
+                "moments": moments(features, once), "features": features[:count]}
 
     def measured(self, name, samples):
         """The row of some weights: their losses and distances, and how good their samples are."""
@@ -1243,9 +1241,7 @@ class Run:
                     "distance_initial": (now - self.initial).norm().item(),
                     "distance_raw": (now - raw).norm().item()}
         if samples:
-            metrics = measure(*self.features(name, s.num_samples), self.reference)
-            fd = "fid" if s.features else "fd"
-            row |= {metric.replace("fd", fd): metrics[metric] for metric in metrics}
+            row |= measure(*self.features(name, s.num_samples), self.reference)
         if name == "raw":
             if not math.isfinite(row["held_out_loss"]):
                 raise ValueError(f"training diverged before step {self.step}; try a lower --lr")

@@ -646,7 +646,7 @@ def test_metrics_their_spreads_and_the_digits_that_these_are_worth():
     """100 samples of 4 modes with true shares .4 .3 .2 .1, of which the last is missing."""
     real = torch.cat([torch.randn(100, 3), torch.randn(300, 3) + 50])  # samples lack three quarters
     reference = {"moments": ddpm_ema.moments(real, torch.ones(400).double()), "features": real,
-                 "shares": torch.tensor([0.4, 0.3, 0.2, 0.1]).double()}
+                 "distance": "fd", "shares": torch.tensor([0.4, 0.3, 0.2, 0.1]).double()}
     probs = torch.eye(4)[[0] * 50 + [1] * 40 + [2] * 10]
     row = ddpm_ema.measure(real[:100], probs, reference, 1000)
     assert row["precision"] == 1 and row["recall"] == 0.25 and row["precision_sd"] == 0
