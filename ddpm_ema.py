@@ -1037,7 +1037,7 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        if self.world > 1 and not torch.distributed.is_initialized():
+        if self.world > 1:
             torch.distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         with explained(f"--data {s.data}: "):
             data = self.data = Dataset(*read_data(s.data))
@@ -1150,10 +1150,8 @@ class Run:
 
     def names(self, decays):
         """raw and these averages, debiased as well where the initial weights weigh anything."""
-        names = ["raw"]
-        for decay in decays:
-            names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
-        return names
+        return ["raw", *(decay + ending for decay in decays for ending in ("", " debiased")
+                         if ending == "" or self.ema.init_share(decay) > 1e-3)]
 
     def weights(self, name):
         """The model has these weights inside the with block."""
@@ -1256,11 +1254,10 @@ class Run:
         lacking = [name for name in names if (self.step, name, samples) not in self.rows]
         self.model.eval()
         for i in range(0, len(lacking), self.world):
-            parts = [[self.measured(name, samples) for name in lacking[i + self.rank:][:1]]]
+            rows = [self.measured(lacking[(i + self.rank) % len(lacking)], samples)] * self.world
             if self.world > 1:
-                parts *= self.world
-                torch.distributed.all_gather_object(parts, parts[0])
-            self.rows |= {key_of(row): row for part in parts for row in part}
+                torch.distributed.all_gather_object(rows, rows[0])
+            self.rows |= {key_of(row): row for row in rows}
             if self.rank == 0:
                 write_rows(self.out, self.rows.values())
             done = min(i + self.world, len(lacking))
