@@ -1155,12 +1155,10 @@ class Run:
 
     def weights(self, name):
         """The model has these weights inside the with block."""
-        if name == "raw":
-            return contextlib.nullcontext()
         decay, _, debiased = name.partition(" ")
-        return self.ema.applied(decay, bool(debiased))
+        as_is = contextlib.nullcontext()
+        return as_is if name == "raw" else self.ema.applied(decay, bool(debiased))
 
-    @torch.no_grad()
     def held_out_loss(self, num_images=256):
         """Mean loss on fixed images, noise and times, spread as in training."""
         x0 = self.data.x0(self.data.held_out[:num_images], self.device)
@@ -1223,9 +1221,7 @@ class Run:
         s, decay = self.settings, name.removesuffix(" debiased")
         row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
                "debiased": decay != name}
-        if name == "raw":
-            row["horizon"] = 1.0
-        elif name != "real":
+        if name not in ("raw", "real"):
             row["init_share"] = self.ema.init_share(decay)
         if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
             log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
@@ -1244,6 +1240,7 @@ class Run:
             if not math.isfinite(row["held_out_loss"]):
                 raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
             loss, norm, count = self.running.tolist()
+            row["horizon"] = 1.0
             row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
         return row
 
@@ -1267,7 +1264,6 @@ class Run:
                      f"{left:.1f} min left", keep=done == len(lacking) or None)
         return [self.rows[self.step, name, samples] for name in names]
 
-    @torch.no_grad()
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
         s = self.settings
