@@ -1072,8 +1072,7 @@ class Run:
 
     def times(self, u):
         """Times t [B] of uniform u [B]; logit-normal as in Esser et al. 2024 (arXiv:2403.03206)."""
-        if self.settings.logit_normal:
-            u = torch.special.ndtri(u).sigmoid()
+        u = torch.special.ndtri(u).sigmoid() if self.settings.logit_normal else u
         return (u * self.diffusion.num_steps).long()
 
     def train_step(self):
@@ -1272,12 +1271,11 @@ class Run:
         fixed = [decay for decay in s.decay if decay != "auto"]
         names = ["real", *self.names(fixed)] + [chosen] * ("auto" in s.decay)
         rows = self.complete(names, s.samples)
-        if self.rank:
-            return
-        images = [x0 for row in rows for x0 in self.images(row["name"], 8)]
-        plot_samples(self.out / "samples.png", rows, images)
-        if len(self.rows) > before and self.step < s.stage_steps[-1]:
-            print_rows(rows, known(rows))
+        if self.rank == 0:
+            images = [x0 for row in rows for x0 in self.images(row["name"], 8)]
+            plot_samples(self.out / "samples.png", rows, images)
+            if len(self.rows) > before and self.step < s.stage_steps[-1]:
+                print_rows(rows, known(rows))
 
 
 # ==== Pictures and reports ========================================================================
