@@ -853,9 +853,9 @@ def measure(features, probs, real, num_bootstrap=20):
 # used: "2048 by dpm++ in 24 steps", or "" for losses alone. (step, name, samples) is its key. Rows
 # live in metrics.jsonl and nowhere else; tables, pictures and reports see nothing but rows.
 
-BETTER = {  # 1: lower is better, -1: higher, 0: nearer to 1
-    "fd": 1, "fid": 1, "is": -1, "precision": -1, "recall": -1, "tail_share": 0,
-    "covered_modes": -1, "legible": -1, "held_out_loss": 1}
+IDEAL = {  # what each metric would best be; 1e6: the more the better
+    "fd": 0, "fid": 0, "is": 1e6, "precision": 1, "recall": 1, "tail_share": 1,
+    "covered_modes": 1e6, "legible": 1, "held_out_loss": 0}
 key_of = operator.itemgetter("step", "name", "samples")
 
 
@@ -893,14 +893,13 @@ def write_rows(folder, rows):
 
 def known(rows):
     """The metrics that are in any of the rows."""
-    return [metric for metric in BETTER if any(metric in row for row in rows)]
+    return [metric for metric in IDEAL if any(metric in row for row in rows)]
 
 
 def cost(row, metric):
-    """A metric turned so that lower is better; what is not known comes last."""
-    value = row.get(metric, math.nan)
-    value = BETTER[metric] * value if BETTER[metric] else abs(value - 1)
-    return math.inf if math.isnan(value) else value
+    """How far a metric is from its ideal; what is not known comes last, and real images do."""
+    miss = abs(row.get(metric, math.nan) - IDEAL[metric])
+    return math.inf if math.isnan(miss) or row.get("name") == "real" else miss
 
 
 def best(rows, metric):
@@ -949,16 +948,14 @@ def print_table(header, lines, keys=2):
 
 def print_rows(rows, fields, keys=("step", "name")):
     """A table; bold, of rows that differ in the last key: the best, and what both spreads allow."""
-    lines = []
-    for row in rows:
-        peers = [r for r in rows if all(r[k] == row[k] for k in keys[:-1]) and r["name"] != "real"]
-        lines.append([cell(row, field) for field in (*keys, *fields)])
-        for column, field in enumerate(fields, len(keys)):
-            if field in BETTER and row in peers:
-                first = best(peers, field)
-                spread = math.hypot(*(r.get(f"{field}_sd", 0) for r in (first, row)))
-                if cost(row, field) <= cost(first, field) + spread < math.inf:
-                    lines[-1][column] = f"**{lines[-1][column]}**"
+    lines = [[cell(row, field) for field in (*keys, *fields)] for row in rows]
+    for row, line in zip(rows, lines):
+        peers = [peer for peer in rows if all(peer[key] == row[key] for key in keys[:-1])]
+        for metric in IDEAL.keys() & fields:
+            first, column = best(peers, metric), len(keys) + fields.index(metric)
+            spread = math.hypot(*(peer.get(f"{metric}_sd", 0) for peer in (first, row)))
+            if cost(row, metric) <= cost(first, metric) + spread < math.inf:
+                line[column] = f"**{line[column]}**"
     print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
 
 
@@ -1310,7 +1307,7 @@ def draw_panel(axis, title, rows, x, y, by):
     for value in {row[y] for row in rows if row["name"] == "real" and y in row}:
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
-             yscale="log" if BETTER.get(y) == 1 else "linear")  # distances and losses
+             yscale="log" if IDEAL.get(y) == 0 else "linear")  # distances and losses
     legend = NAMES.get(by, by) + "\n(dashed: debiased)" * any(debiased for _, debiased in lines)
     axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
     for side in [side for side, field in (("x", x), ("y", y)) if field == "horizon"]:
@@ -1360,7 +1357,7 @@ def plot_sweep(path, title, rows):
             ("tail_share", "Whether rare modes starve"),
             ("held_out_loss", "The loss that --decay auto goes by"))):
         # Averages that are mostly the initial weights would stretch a linear axis and show noise.
-        shown = [row for row in rows if BETTER[metric] == 1 or row["debiased"]
+        shown = [row for row in rows if IDEAL[metric] == 0 or row["debiased"]
                  or row.get("init_share", 0) < 0.1]
         panels.append((sentence, shown, "horizon", metric, "step"))
         stages = {row["step"] for row in rows if metric in row}
