@@ -1327,8 +1327,7 @@ def draw(path, title, panels):
     figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
     for place, panel in enumerate(panels, 1):
         draw_panel(figure.add_subplot(lines, 3, place), *panel)
-    with replacing(path) as draft:
-        figure.savefig(draft)
+    figure.savefig(path)
 
 
 def plot_curves(path, title, rows):
@@ -1393,8 +1392,7 @@ def plot_samples(path, rows, images):
             text += f"\ninitial weights {row['init_share']:.0%}"
         axis.text(-2, height / 2, row["name"].replace(" ", "\n"), ha="right", va="center")
         axis.text(width + 1, height / 2, text, va="center")
-    with replacing(path) as draft:
-        figure.savefig(draft)
+    figure.savefig(path)
 
 
 def pool(tables):
