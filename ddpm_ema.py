@@ -1288,22 +1288,20 @@ STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.formatter.
 def draw_panel(axis, title, rows, x, y, by):
     """y of the rows against x, a line for each value of `by`; rows that lack a value are left out.
 
-    Raw is black, all else a ramp from light to dark; debiased averages are dashed.
+    Raw is black, all else a ramp from light to dark; dashed: debiased, where that is a row.
     """
-    rows = sorted(rows, key=lambda row: (row["step"], row.get("horizon", 0)))
-    groups, lines = dict.fromkeys(row[by] for row in rows), {}
+    shown = sorted((row for row in rows if x in row and y in row),
+                   key=lambda row: (row["step"], row.get("horizon", 0), row["debiased"]))
+    groups = dict.fromkeys(row[by] for row in shown)
     ramp = matplotlib.colormaps["YlGnBu"](np.linspace(0.95, 0.4, len(groups)))
     color = dict(zip(reversed(groups), ramp)) | {"raw": "black"}
-    for row in rows:
-        if None not in (row.get(x), row.get(y)):
-            lines.setdefault((row[by], row["debiased"]), []).append(row)
-    for (group, debiased), line in lines.items():
-        if debiased:  # dashes leave the plain line where debiasing begins to matter
-            line = [r for r in lines.get((group, False), ()) if r[x] < line[0][x]][-1:] + line
-        across, value, spread = ([row.get(field, 0) for row in line] for field in (x, y, f"{y}_sd"))
-        second = debiased and (group, False) in lines  # of its group: one of them is in the legend
+    lines = dict.fromkeys((row[by], row["debiased"]) for row in shown)
+    for group, debiased in lines:  # in a dashed line debiased rows take the place of plain ones
+        line = {(row["step"], row["decay"]): row for row in shown
+                if row[by] == group and row["debiased"] <= debiased}.values()
+        across, value, spread = ([row.get(name, 0) for row in line] for name in (x, y, f"{y}_sd"))
         axis.errorbar(across, value, spread, fmt=".--" if debiased else ".-", color=color[group],
-                      label=None if second else NAMES.get(group, group))
+                      label=None if debiased else NAMES.get(group, group))
     for value in {row[y] for row in rows if row["name"] == "real" and y in row}:
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
@@ -1338,8 +1336,8 @@ def plot_curves(path, title, rows):
     axes = "most varied direction", "second direction"
     plain = [row | dict(zip(axes, point)) for row, point in zip(plain, plane)]
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
-    level = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
-    late = [row | {"held_out_loss": None} if row["held_out_loss"] > level else row for row in late]
+    top = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
+    late = [row | {"held_out_loss": math.nan} if row["held_out_loss"] > top else row for row in late]
     draw(path, title, [
         ("Which weights predict held-out images best", rows, "step", "held_out_loss", "decay"),
         ("The same in the last quarter", late, "step", "held_out_loss", "decay"),
@@ -1376,9 +1374,8 @@ def plot_samples(path, rows, images):
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
     axis = left.subplots()
     axis.axhline(raw[metric], color="black", label="raw weights")
-    named = [row | {"weights": "averages"} for row in rows]
-    draw_panel(axis, "What the decay does", named, "horizon", metric, "weights")
-    axis.legend(title="dashed: debiased")  # inside: here there is room
+    draw_panel(axis, "What the decay does", rows, "horizon", metric, "step")
+    axis.legend(title="training step\n(dashed: debiased)")  # inside: here there is room
     right.suptitle(f"Step {raw['step']}: the same noise through each set of weights")
     for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # latents: a channel
