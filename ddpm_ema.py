@@ -1337,7 +1337,7 @@ def plot_curves(path, title, rows):
     plain = [row | dict(zip(axes, point)) for row, point in zip(plain, plane)]
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
     top = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
-    late = [row | {"held_out_loss": math.nan} if row["held_out_loss"] > top else row for row in late]
+    late = [r | {"held_out_loss": math.nan} if r["held_out_loss"] > top else r for r in late]
     draw(path, title, [
         ("Which weights predict held-out images best", rows, "step", "held_out_loss", "decay"),
         ("The same in the last quarter", late, "step", "held_out_loss", "decay"),
