@@ -1310,9 +1310,8 @@ def draw_panel(axis, title, rows, x, y, by):
     axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
     for side in [side for side, field in (("x", x), ("y", y)) if field == "horizon"]:
         getattr(axis, f"set_{side}scale")("log", subs=[10 / 3])  # decays 0, 0.7, 0.9, 0.97, 0.99
-        marked = getattr(axis, f"{side}axis")
-        for marks in (marked.set_major_formatter, marked.set_minor_formatter):
-            marks(lambda horizon, _: f"{1 - 1 / horizon:.6g}")
+        decay = matplotlib.ticker.FuncFormatter(lambda horizon, _: f"{1 - 1 / horizon:.6g}")
+        getattr(axis, f"{side}axis").set(major_formatter=decay, minor_formatter=decay)
         axis.tick_params(side, which="both", rotation=60 if side == "x" else 0)
 
 
