@@ -1109,7 +1109,10 @@ class Run:
         start, first = time.perf_counter(), self.step
         while True:  # log and save, then one step: so the last step is no special case
             ends = self.step == until
-            if ends or self.step % s.log_every == 0:
+            logs, saves = (ends or self.step % every == 0 for every in (s.log_every, s.save_every))
+            if (logs or saves) and not math.isfinite(self.held_out_loss(1)):
+                raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
+            if logs:
                 raw, *_ = self.complete(self.names(self.ema.decays), "")
                 if self.step > first:
                     speed = (self.step - first) / (time.perf_counter() - start)
@@ -1119,7 +1122,7 @@ class Run:
                          keep=self.step == s.steps or None)
             if self.step % s.log_every == 0:  # else the run may go on, with the same means
                 self.running.zero_()
-            if ends or self.step % s.save_every == 0:
+            if saves:
                 self.save(last)
             if ends:
                 return self.save(kept)
@@ -1233,8 +1236,6 @@ class Run:
         if samples:
             row |= measure(*self.features(name, s.num_samples), self.reference)
         if name == "raw":
-            if not math.isfinite(row["held_out_loss"]):
-                raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
             loss, norm, count = self.running.tolist()
             row["horizon"] = 1.0
             row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
