@@ -1471,8 +1471,9 @@ def several(read):
 
 COUNT = number(int, 1, 10**8)
 SETTINGS = {  # flag: (default, what it is, a reader of its text or the names that it may be)
-    "decay": (["0.999"], ("EMA decays: 0 to 1; step, the plain mean; ramp:0.9999; halflife:2000; "
-              "power:0.10; sweep, ten of them; auto, by the held-out loss; several with commas"),
+    "decay": (["0.999"], ("EMA decays, with commas: 0 to 1; step, the plain mean; ramp:0.9999; "
+               "halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to 0.999999; "
+               "auto, that of the lowest held-out loss at each stage"),
               several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
     "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz",
              os.path.normpath),
@@ -1539,7 +1540,7 @@ def resolve(given):
     s.tracked = run.get("tracked", [decay for decay in s.decay if decay != "auto"])
     if s.steps < reached or (run.get("cooldown") and s.steps != run["steps"]):
         raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
-                         f"{run['steps']} steps, cooldown {run['cooldown']}")
+                         f"{run['steps']} steps" + ", with a cooldown" * (run["cooldown"] > 0))
     steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
     s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
     if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
@@ -1572,8 +1573,8 @@ def main(argv):
     s, data = run.settings, run.data
     show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
          f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n{s.steps:,} steps of "
-         f"{s.batch_size}, {s.objective} on the {s.schedule} path, {len(run.initial):,} weights on "
-         f"{run.world} x {run.device.type}, seed {s.seed}, {s.samples}; all in {s.out}")
+         f"{s.batch_size} images, {s.objective} on the {s.schedule} path, {len(run.initial):,} "
+         f"weights on {run.world} x {run.device.type}, seed {s.seed}\n{s.samples}; all in {s.out}")
     for step in s.stage_steps:
         run.train(step)
         run.evaluate()
