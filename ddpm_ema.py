@@ -1346,7 +1346,7 @@ def plot_curves(path, title, rows):
 
 def plot_sweep(path, title, rows):
     """sweep.png: the metrics against the decay, a line a stage, and each stage's best decay."""
-    panels, leaders = [], []
+    panels, leaders, stages = [], [], {row["step"] for row in rows if row["samples"]}
     for shift, (metric, sentence) in enumerate((
             (known(rows)[0], "How far samples are from the data"),
             ("precision", "Quality: the share of samples that look real"),
@@ -1354,11 +1354,10 @@ def plot_sweep(path, title, rows):
             ("tail_share", "Whether rare modes starve"),
             ("held_out_loss", "The loss that --decay auto goes by"))):
         # Averages that are mostly the initial weights would stretch a linear axis and show noise.
-        shown = [row for row in rows if IDEAL[metric] == 0 or row["debiased"]
-                 or row.get("init_share", 0) < 0.1]
+        shown = [row for row in rows if row["step"] in stages and metric in row
+                 and (IDEAL[metric] == 0 or row["debiased"] or row.get("init_share", 0) < 0.1)]
         panels.append((sentence, shown, "horizon", metric, "step"))
-        stages = {row["step"] for row in rows if metric in row}
-        for step in stages if len(stages) > 1 else ():
+        for step in {row["step"] for row in shown}:
             first = best([r for r in shown if r["step"] == step and "horizon" in r], metric)
             leaders.append(first | {"metric": metric, "debiased": False,
                                     "horizon": first["horizon"] * 1.04**shift})  # side by side
@@ -1426,14 +1425,13 @@ def report(runs, out):
         table = [row for row in rows if row["samples"]]
         if not table:
             raise ValueError("these runs have no row of samples in common")
-        metrics, stages = known(table), dict.fromkeys(row["step"] for row in table)
-        title = f"{method or samples}; ± over " + (
-            f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples")
+        metrics = known(table)
+        spread = f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples"
+        title = f"{method or samples}; ± over {spread}"
         print(f"\n{title}")
         print_rows(table, ["horizon", "init_share", *metrics])
-        plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title,
-                   [row for row in rows if row["step"] in stages])
-        for step in stages:
+        plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, rows)
+        for step in dict.fromkeys(row["step"] for row in table):
             peers = [row for row in table if row["step"] == step and row["name"] != "real"]
             ahead = {"step": step, "name": "best decay"}
             for metric in metrics:
