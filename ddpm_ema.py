@@ -79,13 +79,23 @@ def reaches(decays, step, n):
     return -torch.nn.functional.pad(logs, (1, 0)).expm1()
 
 
-def bare_state(model):
-    """{name: value} of the model inside of torch.compile, DistributedDataParallel, DataParallel."""
+def bare_state(model, built=None):
+    """{name: value} of the model inside of its wrappers, and {parameter: name} of what trains.
+
+    Tied parameters are there once. ValueError for what is no longer as it was built, by name.
+    """
     wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, wrappers) else model._orig_mod
     state = model.state_dict(keep_vars=True)  # under FSDP2 this shards the parameters again
-    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+    trains = {p: name for name, p in state.items() if getattr(p, "requires_grad", False)}
+    built = built or trains
+    for p, name in (built | trains).items():
+        if p not in built or state.get(name) is not p:
+            raise ValueError(f"parameter {name} was replaced, removed or set to require a gradient "
+                             "since the EMA was built: build it after that")
+    return state, trains
 
 
 def local(tensor):
@@ -115,10 +125,8 @@ class EMA:
         decays = [decays] if isinstance(decays, (str, float, int)) else decays
         self.decays = list(dict.fromkeys(map(parse_decay, decays)))
         self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
-        self.model, self.step, self._inside, self._names = model, 0, 0, {}
-        for name, p in bare_state(model).items():
-            if getattr(p, "requires_grad", False):
-                self._names.setdefault(p, name)  # tied parameters are averaged once
+        self.model, self.step, self._inside = model, 0, 0
+        _, self._names = bare_state(model)
         if not self._tracked or not self._names:
             raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
         # The table [rows, P]: θ_0; what is pending, in an EMA m of every decay; d of every decay.
@@ -132,24 +140,13 @@ class EMA:
         shapes = {name: list(p.shape) for name, p in zip(self._names.values(), own)}
         self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block, **shapes}
 
-    def _live(self):
-        """The bare model's state by name, if what trains still is what is averaged."""
-        state, built = bare_state(self.model), {name: p for p, name in self._names.items()}
-        for name in built | state:
-            now = state.get(name)
-            starts = getattr(now, "requires_grad", False) and now not in self._names
-            if starts or now is not built.get(name, now):
-                raise ValueError(f"parameter {name} was replaced, removed or set to require a "
-                                 "gradient since the EMA was built: build it after that")
-        return state
-
     @torch.no_grad()
     def update(self):
         """Takes in the model's weights after one more optimizer step."""
         if self._inside:
             raise RuntimeError("update() inside applied(): the model holds averaged weights")
         if self.step % 16 == 0:  # it walks through all modules, which is half an update's time
-            self._live()
+            bare_state(self.model, self._names)
         self.step += 1
         self._take((self.step - 1) % self.block + 1)
 
@@ -184,7 +181,7 @@ class EMA:
 
         debias takes the initial weights out. Under FSDP2 averages are DTensors, as the model's are.
         """
-        state, averages = self._live(), {}
+        (state, _), averages = bare_state(self.model, self._names), {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
         r = reaches(self._tracked, self.step, self.step % self.block)
         row = self._coefficients(self._fit(decay)[0], r)
