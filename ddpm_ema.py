@@ -164,17 +164,13 @@ class EMA:
         if n == self.block:
             self._d.lerp_(self._table[1 : 1 + len(r)], r[:, n:].to(self._table))
 
-    def _fit(self, decay):
-        """The a_k [K] (float64) of which Σ a_k d_k is a decay's d, and by how much it misses."""
+    def _coefficients(self, decay):
+        """Of e - θ_0 over the table (float64): d, within a block d + r_n (m - d)."""
         if decay not in self._tracked:
             raise ValueError(f"decay {decay} is not there; there are {', '.join(self.decays)}")
-        one_hot = torch.eye(len(self._tracked), dtype=torch.float64, device="cpu")
-        return one_hot[self._tracked.index(decay)], 0.0
-
-    def _coefficients(self, mixture, r):
-        """Σ a_k d_k as a row over the table (float64), also within a block: d + r_n (m - d)."""
-        share = mixture * r[:, -1]
-        return torch.cat([share.new_zeros(1), share, mixture - share])
+        r_n = reaches([decay], self.step, self.step % self.block)[0, -1]
+        own = r_n.new_tensor([decay == one for one in self._tracked])
+        return torch.cat([r_n.new_zeros(1), r_n * own, (1 - r_n) * own])
 
     def weights(self, decay=None, debias=False):
         """The averages (float32) and all else of the model, named as in the bare state_dict().
@@ -183,8 +179,7 @@ class EMA:
         """
         (state, _), averages = bare_state(self.model, self._names), {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
-        r = reaches(self._tracked, self.step, self.step % self.block)
-        row = self._coefficients(self._fit(decay)[0], r)
+        row = self._coefficients(decay)
         if debias and self.step:
             row /= reaches([decay], self.step, self.step)[0, -1]
         row[0] += 1
@@ -293,24 +288,28 @@ class EMABank(EMA):
         self._table[1] = self._table[n + 1]
 
     def _fit(self, decay):
-        """Least ‖R‖, R = r - Σ a_k r_k over the ladder: the error is Σ R_n δ_{t+1-n}."""
-        if decay in self._tracked or not self.ladder:
-            return super()._fit(decay)
+        """The a_k [K] and the least ‖R‖, R = r - Σ a_k r_k: the error is Σ R_n δ_{t+1-n}."""
+        own = [decay == one for one in self._tracked]
+        mixture = torch.tensor(own, dtype=torch.float64, device="cpu")
+        if any(own):
+            return mixture, 0.0
         t, rungs = max(self.step, 1), [float(rung) for rung in self.ladder]
         *rows, target = reaches([*self.ladder, decay], t, t)[:, 1:]  # [t] each
-        if not min(rungs) <= (now := 1 - target[0]) <= max(rungs):
+        now, span = 1 - target[0], f", {min(rungs):.6g} to {max(rungs):.6g}" if rungs else ""
+        if not rungs or not min(rungs) <= now <= max(rungs):
             raise ValueError(f"decay {decay} ({now:.6g} at step {t}) is not there; there are "
-                             f"{', '.join(self.decays)}, {min(rungs):.6g} to {max(rungs):.6g}")
+                             f"{', '.join(self.decays)}{span}")
         rows = torch.stack(rows)  # [rungs, t]
         gram = rows @ rows.T
         ridge = 1e-12 * gram.diag().diag()  # keeps a_k, and their rounding, small
-        mixture = rows.new_zeros(len(self._tracked))
-        used = [self._tracked.index(rung) for rung in self.ladder]
-        mixture[used] = fit = torch.linalg.solve(gram + ridge, rows @ target)
+        fit = torch.linalg.solve(gram + ridge, rows @ target)
+        mixture[[self._tracked.index(rung) for rung in self.ladder]] = fit
         rounding = 2e-15 * target.square().sum()  # of the steps within a fold
         return mixture, ((target - fit @ rows).square().sum() + rounding).sqrt().item()
 
-    def _coefficients(self, mixture, r):
+    def _coefficients(self, decay):
+        """From the right side: the kept θ_b, θ_{t-n+1} … θ_t, and Σ a_k d_k."""
+        mixture, r = self._fit(decay)[0], reaches(self._tracked, self.step, self.step % self.block)
         latest = (mixture @ r.diff()).flip(0)  # [n] of θ_{t-n+1} … θ_t: r_{j+1} - r_j
         kept = torch.nn.functional.pad(latest, (1, self.block - len(latest)))  # none of θ_b
         return torch.cat([-latest.sum()[None], kept, mixture * (1 - r[:, -1])])
