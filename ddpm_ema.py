@@ -184,9 +184,8 @@ class EMA:
             row /= reaches([decay], self.step, self.step)[0, -1]
         row[0] += 1
         for p, *rows in zip(self._names, *self._rows):
-            average = sum(weight * x.double() for weight, x in zip(row.tolist(), rows) if weight)
             averages[p] = torch.empty_like(p, dtype=torch.float32)  # a DTensor where p is one
-            local(averages[p]).copy_(average)
+            local(averages[p]).copy_(sum(a * x.double() for a, x in zip(row.tolist(), rows) if a))
         for name, value in state.items():
             if torch.is_tensor(value):
                 state[name] = averages[value] if value in averages else value.detach().clone()
