@@ -134,11 +134,11 @@ class EMA:
         own = [local(p).detach() for p in self._names]
         sizes = [p.numel() for p in own]
         self._table = own[0].new_zeros(rows, sum(sizes), dtype=torch.float32, device=device)
-        self._d, self._saved = self._table[-len(self._tracked):], {"table": self._table}
+        self._saved = {"table": self._table}
         self._rows = [[x.view_as(p) for x, p in zip(row.split(sizes), own)] for row in self._table]
         torch._foreach_copy_(self._rows[0], own)
-        shapes = {name: list(p.shape) for name, p in zip(self._names.values(), own)}
-        self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block, **shapes}
+        self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block}
+        self._layout |= {name: list(p.shape) for name, p in zip(self._names.values(), own)}
 
     @torch.no_grad()
     def update(self):
@@ -162,7 +162,7 @@ class EMA:
                 torch._foreach_lerp_(mean[i : i + some], x, share)
             del x  # the next one then takes the same memory
         if n == self.block:
-            self._d.lerp_(self._table[1 : 1 + len(r)], r[:, n:].to(self._table))
+            self._table[-len(r) :].lerp_(self._table[1 : 1 + len(r)], r[:, n:].to(self._table))
 
     def _coefficients(self, decay):
         """Of e - θ_0 over the table (float64): d, within a block d + r_n (m - d)."""
@@ -208,8 +208,7 @@ class EMA:
     @torch.no_grad()
     def _write(self, values, depth):
         bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
-        for value, new in values.items():
-            local(value).copy_(new)
+        torch._foreach_copy_([local(x) for x in values], [*values.values()])
         torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
         self._inside += depth
 
@@ -323,7 +322,7 @@ class EMABank(EMA):
             return 0.0
         pending = self._table[1 : 2 + self.step % self.block].diff(dim=0)
         path = (self._saved["path"] + pending.double().square().sum()).sqrt().item()
-        norms = torch.linalg.vector_norm(self._d, dim=1, dtype=torch.float64).cpu()
+        norms = self._table[-len(mixture) :].norm(dim=1, dtype=torch.float64).cpu()
         return 1.001 * misfit * path + 2**-20 * (mixture.abs() @ norms).item()  # d_k are rounded
 
 
