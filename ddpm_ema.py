@@ -193,10 +193,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self, decay=None, debias=False):
-        """Inside, the model has the averages; after, also after an exception, its own weights.
-
-        Buffers are restored as well; train() and eval() mode stay as they are.
-        """
+        """The model with the averages; after it, or an exception, as it was. Keeps train and eval."""
         averages = self.weights(decay, debias)
         own = {x: local(x).detach().clone() for x in (*self._names, *self.model.buffers())}
         try:
