@@ -80,13 +80,10 @@ def reaches(decays, step, n):
 
 
 def bare_state(model, built=None):
-    """{name: value} of the model inside of its wrappers, and {parameter: name} of what trains.
-
-    Tied parameters are there once. ValueError for what is no longer as it was built, by name.
-    """
+    """{name: value} of the model inside its wrappers; {p: name} of what trains, if as `built`."""
     wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
+        model = next(model.children())
     state = model.state_dict(keep_vars=True)  # under FSDP2 this shards the parameters again
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     trains = {p: name for name, p in state.items() if getattr(p, "requires_grad", False)}
