@@ -174,7 +174,7 @@ class EMA:
 
         debias takes the initial weights out. Under FSDP2 averages are DTensors, as the model's are.
         """
-        (state, _), averages = bare_state(self.model, self._names), {}
+        state, averages = bare_state(self.model, self._names)[0], {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
         row = self._coefficients(decay)
         if debias and self.step:
@@ -190,7 +190,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self, decay=None, debias=False):
-        """The model with the averages; after it, or an exception, as it was. Keeps train and eval."""
+        """Inside, averages; then own weights, also on errors. Leaves train() and eval() alone."""
         averages = self.weights(decay, debias)
         own = {x: local(x).detach().clone() for x in (*self._names, *self.model.buffers())}
         try:
@@ -316,7 +316,8 @@ class EMABank(EMA):
             return 0.0
         pending = self._table[1 : 2 + self.step % self.block].diff(dim=0)
         path = (self._saved["path"] + pending.double().square().sum()).sqrt().item()
-        norms = self._table[-len(mixture) :].norm(dim=1, dtype=torch.float64).cpu()
+        d = self._table[-len(mixture) :]
+        norms = torch.linalg.vector_norm(d, dim=1, dtype=torch.float64).cpu()
         return 1.001 * misfit * path + 2**-20 * (mixture.abs() @ norms).item()  # d_k are rounded
 
 
