@@ -110,7 +110,7 @@ class EMA:
 
     model   what requires a gradient in it now is averaged; a later change of that is a ValueError
     decays  one or more of 0 <= decay < 1, "step", "ramp:0.9999", "halflife:2000", "power:0.10"; the
-            first is what the methods take for None
+            first is what the methods take for None; their debias takes the initial weights out
     device  where the averages are kept, 2 K + 1 float32 copies; None: where the parameters are
     """
 
@@ -170,10 +170,7 @@ class EMA:
         return torch.cat([r_n.new_zeros(1), r_n * own, (1 - r_n) * own])
 
     def weights(self, decay=None, debias=False):
-        """The averages (float32) and all else of the model, named as in the bare state_dict().
-
-        debias takes the initial weights out. Under FSDP2 averages are DTensors, as the model's are.
-        """
+        """The averages, in float32, and all else of the model, named as in its bare state_dict()."""
         state, averages = bare_state(self.model, self._names)[0], {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
         row = self._coefficients(decay)
