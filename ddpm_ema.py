@@ -196,10 +196,9 @@ class EMA:
         finally:
             self._write(own, -1)
 
-    @torch.no_grad()
     def _write(self, values, depth):
         bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
-        torch._foreach_copy_([local(x) for x in values], [*values.values()])
+        torch._foreach_copy_([local(x).detach() for x in values], [*values.values()])
         torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
         self._inside += depth
 
