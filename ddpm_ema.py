@@ -37,7 +37,6 @@ pasted alone into an empty file.
 # weights have moved, where e += (1 - β) (θ - e) in float32 rounds at every step and stalls.
 
 import contextlib
-import math
 
 import torch
 
@@ -64,7 +63,7 @@ def log_decays(decay, t):
     if kind == "ramp":  # min(β, (1+t)/(10+t))
         return torch.log1p(-(9 / (10 + t)).clamp(min=1 - float(number)))
     if kind == "halflife":  # 2^(-1/steps)
-        return torch.full_like(t, -math.log(2) / float(number))
+        return torch.full_like(t, 0.5).log() / float(number)
     if kind == "power":  # (1 - 1/t)^g of relative width sigma_rel (Karras et al. 2024,
         s = float(number) ** -2  # arXiv:2312.02696): g is the largest root of (g+1)² (g+2) = s g
         cubic = t.new_tensor([[-4, s - 5, -2], [1, 0, 0], [0, 1, 0]])  # their γ is g - 1
@@ -319,7 +318,7 @@ class EMABank(EMA):
 
 # ==== Noise schedules, objectives and samplers ====================================================
 
-import math  # noqa: F811  (every part carries its own imports)
+import math
 
 import torch
 
