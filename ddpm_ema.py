@@ -25,16 +25,12 @@ pasted alone into an empty file.
 
 # ==== EMA =========================================================================================
 # e_t = β_t e_{t-1} + (1 - β_t) θ_t of the weights θ_t after optimizer step t; e_0 = θ_0.
-#
 # Everything is said in reaches: r_n = 1 - Π_{i>t-n} β_i is the weight that e_t gives to the last
 # n steps. With x_t = θ_t - θ_0 and δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is
 # Σ_n r_n δ_{t+1-n}; the init share, what θ_0 still weighs, is 1 - r_t; debiased, the average is
-# θ_0 + d_t / r_t. A block of n steps from θ_b on, m the average of x in it, turns d into
-#
-#     (1 - r_n) d + r_n m  =  (1 - r_n) d + r_n (θ_b - θ_0) + Σ_{j<=n} r_j δ_{t+1-j}.
-#
-# EMA takes the left side, EMABank the right. Both round d once a block, relative to how far the
-# weights have moved, where e += (1 - β) (θ - e) in float32 rounds at every step and stalls.
+# θ_0 + d_t / r_t. A block of n steps, m the average of x in it, turns d into (1 - r_n) d + r_n m:
+# d rounds once a block, relative to how far the weights have moved, where e += (1 - β) (θ - e) in
+# float32 rounds at every step and stalls.
 
 import contextlib
 
@@ -79,7 +75,7 @@ def reaches(decays, step, n):
 
 
 def bare_state(model, built=None):
-    """{name: value} of the model inside its wrappers; {p: name} of what trains, if as `built`."""
+    """{name: value} of the model in its wrappers, {p: name} of what trains: it must be `built`."""
     wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = next(model.children())
@@ -121,8 +117,7 @@ class EMA:
         decays = [decays] if isinstance(decays, (str, float, int)) else decays
         self.decays = list(dict.fromkeys(map(parse_decay, decays)))
         self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
-        self.model, self.step, self._inside = model, 0, 0
-        _, self._names = bare_state(model)
+        self.model, self.step, self._inside, self._names = model, 0, 0, bare_state(model)[1]
         if not self._tracked or not self._names:
             raise ValueError("nothing to average: no decay, or nothing that requires a gradient")
         # The table [rows, P]: θ_0; what is pending, in an EMA m of every decay; d of every decay.
@@ -169,12 +164,11 @@ class EMA:
         return torch.cat([r_n.new_zeros(1), r_n * own, (1 - r_n) * own])
 
     def weights(self, decay=None, debias=False):
-        """The averages, in float32, and all else of the model, named as in its bare state_dict()."""
+        """The averages in float32, and all else of the model, as its bare state_dict() names it."""
         state, averages = bare_state(self.model, self._names)[0], {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
         row = self._coefficients(decay)
-        if debias and self.step:
-            row /= reaches([decay], self.step, self.step)[0, -1]
+        row /= reaches([decay], self.step, self.step)[0, -1] if debias and self.step else 1
         row[0] += 1
         for p, *rows in zip(self._names, *self._rows):
             averages[p] = torch.empty_like(p, dtype=torch.float32)  # a DTensor where p is one
@@ -295,7 +289,7 @@ class EMABank(EMA):
         return mixture, ((target - fit @ rows).square().sum() + rounding).sqrt().item()
 
     def _coefficients(self, decay):
-        """From the right side: the kept θ_b, θ_{t-n+1} … θ_t, and Σ a_k d_k."""
+        """Of e - θ_0 over the table (float64): kept θ_b, θ_{t-n+1} … θ_t, and Σ a_k d_k."""
         mixture, r = self._fit(decay)[0], reaches(self._tracked, self.step, self.step % self.block)
         latest = (mixture @ r.diff()).flip(0)  # [n] of θ_{t-n+1} … θ_t: r_{j+1} - r_j
         kept = torch.nn.functional.pad(latest, (1, self.block - len(latest)))  # none of θ_b
