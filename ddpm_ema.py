@@ -1132,9 +1132,10 @@ class Run:
 
     def weights(self, name):
         """The model has these weights inside the with block."""
+        if name == "raw":
+            return contextlib.nullcontext()
         decay, _, debiased = name.partition(" ")
-        as_is = contextlib.nullcontext()
-        return as_is if name == "raw" else self.ema.applied(decay, bool(debiased))
+        return self.ema.applied(decay, bool(debiased))
 
     def held_out_loss(self, num_images=256):
         """Mean loss on fixed images, noise and times, spread as in training."""
