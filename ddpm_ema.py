@@ -83,7 +83,7 @@ def bare_state(model, built=None):
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     trains = {p: name for name, p in state.items() if getattr(p, "requires_grad", False)}
     built = built or trains
-    for p, name in (built | trains).items():
+    for p, name in (trains | built).items():
         if p not in built or state.get(name) is not p:
             raise ValueError(f"parameter {name} was replaced, removed or set to require a gradient "
                              "since the EMA was built: build it after that")
@@ -145,7 +145,8 @@ class EMA:
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
         r, parameters = reaches(self._tracked, self.step, n), [*self._names]
         shares, (first, *means) = (r[:, 1] / r[:, n]).tolist(), self._rows
-        some = max(1, 2**16 * len(first) // self._table.shape[1])  # few calls, of what fits a cache
+        cached = 2**16 if self._table.device.type == "cpu" else 2**22  # few calls, in little memory
+        some = max(1, cached * len(first) // max(1, self._table.shape[1]))
         for i in range(0, len(first), some):
             now = [local(p).to(first[0]) for p in parameters[i : i + some]]
             x = torch._foreach_sub(now, first[i : i + some])
@@ -190,15 +191,15 @@ class EMA:
             self._write(own, -1)
 
     def _write(self, values, depth):
+        self._inside += depth
         bare_state(self.model)  # a forward under FSDP2 leaves gathered weights: back to shards
         torch._foreach_copy_([local(x).detach() for x in values], [*values.values()])
         torch.clear_autocast_cache()  # else an autocast around this goes on with its copies
-        self._inside += depth
 
     def init_share(self, decay=None):
         """The weight that an average gives to the initial weights at the present step."""
         decay = self._tracked[0] if decay is None else parse_decay(decay)
-        return 1 - reaches([decay], self.step, self.step)[0, -1].item()
+        return log_decays(decay, torch.arange(1, self.step + 1).double()).sum().exp().item()
 
     def state_dict(self):
         """All that an uninterrupted run knows: numbers, texts and CPU tensors, of own shards."""
@@ -666,8 +667,8 @@ def draw_glyphs(num_images):
 
 
 def read_idx(folder, kind):
-    """An array of bytes from a file of the MNIST format, gzipped or not; None if there is none."""
-    file = max(folder.rglob(f"*{kind}*-ubyte*"), default=None)  # "train" comes after "t10k"
+    """Bytes of the last file by name ("train" after "t10k") in the MNIST format, gzipped or not."""
+    file = max(folder.rglob(f"*{kind}*-ubyte*"), key=lambda path: path.name, default=None)
     if file:
         data = file.read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -690,7 +691,7 @@ def read_data(source):
     """Images, and labels or None, behind --data; any failure is an exception of some kind."""
     if source == "glyphs":
         return draw_glyphs(24_096)
-    path = Path(source)
+    path = Path(source or "nothing")
     if source in DOWNLOADS:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", source)
         path.mkdir(parents=True, exist_ok=True)
@@ -897,7 +898,7 @@ def settled(log):
         steps = np.diff([r["held_out_loss"] for r in late if r["name"] == row["name"]])
         low = (r["step"] for r in log if r["name"] == row["name"] and r["held_out_loss"] <= level)
         wobble = np.std(steps).item() / 2**0.5 if len(steps) > 1 else None
-        rows.append(row | {"wobble": wobble, "reached": next(low, None)})
+        rows.append(row | {"wobble": wobble, "reached": min(low, default=None)})
     return rows
 
 
@@ -1029,6 +1030,11 @@ class Run:
         self.rows = read_rows(self.out)
         self.held_out_loss(1)  # what would fail later fails now: do the shapes fit?
         torch.empty(s.batch_size, *data.images.shape[1:])  # is there room for a batch?
+        probe = EMABank(nn.Linear(1, 1), s.tracked)
+        for probe.step in s.stage_steps:
+            for decay in s.decay:
+                if decay != "auto":
+                    probe.error_bound(decay)  # can it be read there?
         if s.features:
             with explained(f"--features {s.features}: "):
                 self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
@@ -1452,8 +1458,7 @@ SETTINGS = {  # flag: (default, what it is, a reader of its text or the names th
                "halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to 0.999999; "
                "auto, that of the lowest held-out loss at each stage"),
               several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
-    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz",
-             os.path.normpath),
+    "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz", str),
     "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
     "steps": (4000, "optimizer steps; more than a finished run has trains it on", COUNT),
     "stages": ([1.0], "fractions of the run to evaluate at", several(number(float, 1e-9, 1))),
@@ -1513,6 +1518,8 @@ def resolve(given):
     if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
     s = argparse.Namespace(**settings | run | given | {"out": str(out)})
+    if run and os.path.realpath(s.data) == os.path.realpath(run["data"]):
+        s.data = run["data"]  # in another spelling
     s.decay = list(dict.fromkeys(",".join(s.decay).replace("sweep", SWEEP).split(",")))
     s.tracked = run.get("tracked", [decay for decay in s.decay if decay != "auto"])
     if s.steps < reached or (run.get("cooldown") and s.steps != run["steps"]):

@@ -309,6 +309,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(Average):
         (lambda: model.load_state_dict(mlp().state_dict(), assign=True), "0.weight"),
         (lambda: setattr(model[2], "bias", nn.Parameter(torch.zeros(8))), "2.bias"),
         (lambda: setattr(model[2], "bias", None), "2.bias"),
+        (lambda: model.__setitem__(2, nn.Sequential(model[2])), "2.weight"),
         (lambda: model[0].bias.requires_grad_(), "0.bias")):
         (model := mlp())[0].bias.requires_grad_(False)
         ema = Average(model)
