@@ -82,9 +82,8 @@ def bare_state(model, built=None):
     state = model.state_dict(keep_vars=True)  # under FSDP2 this shards the parameters again
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     trains = {p: name for name, p in state.items() if getattr(p, "requires_grad", False)}
-    built = built or trains
-    for p, name in (trains | built).items():
-        if p not in built or state.get(name) is not p:
+    for p, name in (trains | (built or {})).items():
+        if p not in (built or trains) or state.get(name) is not p:
             raise ValueError(f"parameter {name} was replaced, removed or set to require a gradient "
                              "since the EMA was built: build it after that")
     return state, trains
