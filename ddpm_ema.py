@@ -24,13 +24,12 @@ pasted alone into an empty file.
 """
 
 # ==== EMA =========================================================================================
-# e_t = β_t e_{t-1} + (1 - β_t) θ_t of the weights θ_t after optimizer step t; e_0 = θ_0.
-# Everything is said in reaches: r_n = 1 - Π_{i>t-n} β_i is the weight that e_t gives to the last
-# n steps. With x_t = θ_t - θ_0 and δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is
-# Σ_n r_n δ_{t+1-n}; the init share, what θ_0 still weighs, is 1 - r_t; debiased, the average is
-# θ_0 + d_t / r_t. A block of n steps, m the average of x in it, turns d into (1 - r_n) d + r_n m:
-# d rounds once a block, relative to how far the weights have moved, where e += (1 - β) (θ - e) in
-# float32 rounds at every step and stalls.
+# e_t = β_t e_{t-1} + (1 - β_t) θ_t of the weights θ_t after optimizer step t; e_0 = θ_0. Its reach
+# r_n = 1 - Π_{i>t-n} β_i is the weight of its last n steps: all is said in reaches. With
+# x_t = θ_t - θ_0 and δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is Σ_n r_n δ_{t+1-n}; the
+# init share, what θ_0 still weighs, is 1 - r_t; debiased, the average is θ_0 + d_t / r_t. A block
+# of n steps, m the average of x in it, turns d into (1 - r_n) d + r_n m: d rounds once a block, to
+# how far the weights have moved; e += (1 - β) (θ - e) rounds e at every step, and stalls.
 
 import contextlib
 
@@ -142,12 +141,13 @@ class EMA:
 
     def _take(self, n):
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
-        r, parameters = reaches(self._tracked, self.step, n), [*self._names]
+        r, own = reaches(self._tracked, self.step, n), [local(p) for p in self._names]
         shares, (first, *means) = (r[:, 1] / r[:, n]).tolist(), self._rows
-        cached = 2**16 if self._table.device.type == "cpu" else 2**22  # few calls, in little memory
-        some = max(1, cached * len(first) // max(1, self._table.shape[1]))
-        for i in range(0, len(first), some):
-            now = [local(p).to(first[0]) for p in parameters[i : i + some]]
+        like = self._table.device, self._table.dtype
+        cached = 2**17 if like[0].type == "cpu" else 2**22  # few calls, in little memory
+        some = 1 + cached * len(own) // (1 + self._table.shape[1])
+        for i in range(0, len(own), some):
+            now = [p if (p.device, p.dtype) == like else p.to(*like) for p in own[i : i + some]]
             x = torch._foreach_sub(now, first[i : i + some])
             for mean, share in zip(means, shares):
                 torch._foreach_lerp_(mean[i : i + some], x, share)
@@ -237,7 +237,7 @@ class EMABank(EMA):
         self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
         super().__init__(model, decays, device)
         self._table[1] = self._table[0]
-        cached = 2**15 if self._table.device.type == "cpu" else 2**18  # columns that fit a cache
+        cached = 2**16 if self._table.device.type == "cpu" else 2**18  # columns that fit a cache
         self._chunks = self._table.split(cached, dim=1)
         self._saved["path"] = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
 
@@ -259,12 +259,14 @@ class EMABank(EMA):
                 own = "none" if found == torch.backends.fp32_precision else found  # it follows that
                 restored.callback(setattr, switch, "fp32_precision", own)
                 switch.fp32_precision = "ieee"
+            scratch = [torch.empty_like(self._chunks[0][:rows]) for rows in mix.T.shape]
             for chunk in self._chunks:
-                moves = chunk[1 : n + 2] - chunk[: n + 1]  # θ_b - θ_0, δ_1 … δ_n
+                moves, mean = (x[:, : chunk.shape[1]] for x in scratch)  # [n + 1, C], [K, C]
+                torch.sub(chunk[1 : n + 2], chunk[: n + 1], out=moves)  # θ_b - θ_0, δ_1 … δ_n
                 if self.ladder:  # else no read-out has an error to bound
                     steps = moves[1:].flatten()
                     self._saved["path"] += torch.dot(steps, steps)
-                mean = torch.mm(mix, moves, out=moves.new_empty(0))  # autocast leaves out= alone
+                torch.mm(mix, moves, out=mean)  # autocast leaves out= alone
                 chunk[n + 2 :].lerp_(mean, share)
         self._table[1] = self._table[n + 1]
 

@@ -168,7 +168,7 @@ def test_float64_oracle_over_100000_steps(steps=100_000):
 def test_thirty_random_cases(case):
     """Whatever comes together, also on a GPU: the recursion. By the section when pasted alone."""
     section = re.split("# ==== .*=\n", Path(ddpm_ema.__file__).read_text())[1]
-    small = section.replace("2**15", "2**5").replace("2**16", "2**6")  # many chunks and groups
+    small = section.replace("2**16", "2**5").replace("2**17", "2**6")  # many chunks and groups
     exec(small, pasted := {"__name__": "alone"})  # noqa: S102
     torch.manual_seed(case)
     choice = random.Random(case).choice
@@ -279,8 +279,7 @@ def test_memory_is_what_the_docstrings_say():
         [ema.update() for _ in range(17)]
         return round(size(ema) - size(model), 1)  # float32 numbers for each averaged one
 
-    model = nn.ParameterList([torch.randn(300_000) for _ in range(2)])
-    model.append(model[0])
+    model = nn.ParameterList([p := nn.Parameter(torch.ones(300_000)), torch.ones(300_000), p])
     model.base = nn.Parameter(torch.zeros(900_000, dtype=torch.uint8), requires_grad=False)
     assert copies(EMA) == 3 and copies(EMA, ["step", 0.9, 0]) == 7
     assert copies(EMABank) == 33 and copies(EMABank, ladder=None, block=4) == 7  # K + block + 2
@@ -409,9 +408,8 @@ def two_processes(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
                                    world_size=2, timeout=datetime.timedelta(seconds=60))
-    mesh, x, decays = distributed.init_device_mesh("cpu", (2,)), torch.ones(4, 2), [0.9, "step"]
-    ddp, ends = nn.parallel.DistributedDataParallel, []
-    wraps = ddp, partial(fully_shard, mesh=mesh)
+    x, decays, ends, ddp = torch.ones(4, 2), [0.9, "step"], [], nn.parallel.DistributedDataParallel
+    wraps = ddp, partial(fully_shard, mesh=distributed.init_device_mesh("cpu", (2,)))
     for Average, wrap, reads in itertools.product((EMA, EMABank), wraps, (True, False)):
         torch.manual_seed(rank if wrap is ddp else 0)  # it gives rank 1 the weights of rank 0
         net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(1, 2))
