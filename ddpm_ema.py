@@ -25,10 +25,10 @@ pasted alone into an empty file.
 
 # ==== EMA =========================================================================================
 # e_t = β_t e_{t-1} + (1 - β_t) θ_t of the weights θ_t after optimizer step t; e_0 = θ_0.
-# Its reach r_n = 1 - Π_{i>t-n} β_i is the weight of its last n steps. With x_t = θ_t - θ_0 and
-# δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is Σ_n r_n δ_{t+1-n}; the init share, what
-# θ_0 still weighs, is 1 - r_t; debiased, the average is θ_0 + d_t / r_t. A block of n steps, m
-# the average of x in it, turns d into (1 - r_n) d + r_n m: d rounds once a block, relative to how
+# The reach r_n = 1 - Π_{i>t-n} β_i is the weight of the last n steps. With x_t = θ_t - θ_0 and
+# δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is Σ_n r_n δ_{t+1-n}; the init share,
+# what θ_0 still weighs, is 1 - r_t; debiased, the average is θ_0 + d_t / r_t. A block of n steps,
+# m the average of x in it, turns d into (1 - r_n) d + r_n m: d rounds once a block, relative to how
 # far the weights have moved; e += (1 - β) (θ - e) rounds e itself at every step, and stalls.
 
 import contextlib
