@@ -25,11 +25,11 @@ pasted alone into an empty file.
 
 # ==== EMA =========================================================================================
 # e_t = β_t e_{t-1} + (1 - β_t) θ_t of the weights θ_t after optimizer step t; e_0 = θ_0.
-# The reach r_n = 1 - Π_{i>t-n} β_i is the weight of the last n steps. With x_t = θ_t - θ_0 and
-# δ_t = θ_t - θ_{t-1} the displacement d_t = e_t - θ_0 is Σ_n r_n δ_{t+1-n}; the init share,
-# what θ_0 still weighs, is 1 - r_t; debiased, the average is θ_0 + d_t / r_t. A block of n steps,
-# m the average of x in it, turns d into (1 - r_n) d + r_n m: d rounds once a block, relative to how
-# far the weights have moved; e += (1 - β) (θ - e) rounds e itself at every step, and stalls.
+# What is stored is d_t = e_t - θ_0 = Σ_n r_n δ_{t+1-n}, made of steps δ_t = θ_t - θ_{t-1}.
+# The reach r_n = 1 - Π_{i>t-n} β_i is the weight of the last n steps. The init share, what θ_0
+# still weighs, is 1 - r_t; debiased, the average is θ_0 + d_t / r_t. A block of n steps, m the
+# average of x_t = θ_t - θ_0 in it, turns d into (1 - r_n) d + r_n m: d rounds once a block, and
+# as far as weights have moved; e += (1 - β) (θ - e) rounds e itself at each step, and stalls.
 
 import contextlib
 
@@ -50,31 +50,30 @@ def parse_decay(decay):
                      "step, ramp:0.9999, halflife:2000 (steps), power:0.10 (sigma_rel, to 0.288)")
 
 
-def log_decays(decay, t):
-    """ln β_t (float64) of a canonical decay at steps t = 1, 2, …, exact also for β_t near 1."""
+def log_decays(decay, step, n):
+    """ln β of n steps, from `step` back [n] (float64), of a canonical decay; exact near β = 1."""
+    t = torch.arange(step, step - n, -1, dtype=torch.float64, device="cpu")
     kind, _, number = decay.rpartition(":")
     if decay == "step":  # β_t = 1 - 1/(t+1): the plain mean of θ_0 … θ_t
         return -torch.log1p(1 / t)
     if kind == "ramp":  # min(β, (1+t)/(10+t))
         return torch.log1p(-(9 / (10 + t)).clamp(min=1 - float(number)))
-    if kind == "halflife":  # 2^(-1/steps)
-        return torch.full_like(t, 0.5).log() / float(number)
     if kind == "power":  # (1 - 1/t)^g of relative width sigma_rel (Karras et al. 2024,
         s = float(number) ** -2  # arXiv:2312.02696): g is the largest root of (g+1)² (g+2) = s g
         cubic = t.new_tensor([[-4, s - 5, -2], [1, 0, 0], [0, 1, 0]])  # their γ is g - 1
         return torch.linalg.eigvals(cubic).real.max() * torch.log1p(-1 / t)
-    return torch.full_like(t, float(number)).log()
+    beta, steps = (0.5, float(number)) if kind == "halflife" else (float(number), 1)
+    return torch.full_like(t, beta).log() / steps
 
 
 def reaches(decays, step, n):
     """r_0 … r_n of each decay [K, n + 1] (float64): what e_step weighs its last 0 … n steps."""
-    t = torch.arange(step, step - n, -1, dtype=torch.float64, device="cpu")
-    logs = torch.stack([log_decays(decay, t) for decay in decays]).cumsum(1)
+    logs = torch.stack([log_decays(decay, step, n) for decay in decays]).cumsum(1)
     return -torch.nn.functional.pad(logs, (1, 0)).expm1()
 
 
 def bare_state(model, built=None):
-    """{name: value} of the model in its wrappers, {p: name} of what trains: it must be `built`."""
+    """{name: value} of the bare model, {p: name} of what trains; ValueError if not `built`."""
     wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = next(model.children())
@@ -82,7 +81,7 @@ def bare_state(model, built=None):
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     trains = {p: name for name, p in state.items() if getattr(p, "requires_grad", False)}
     for p, name in (trains | (built or {})).items():
-        if p not in (built or trains) or state.get(name) is not p:
+        if (built and p not in built) or state.get(name) is not p:
             raise ValueError(f"parameter {name} was replaced, removed or set to require a gradient "
                              "since the EMA was built: build it after that")
     return state, trains
@@ -97,11 +96,11 @@ class EMA:
     """Moving averages of a model's weights, for one decay or a few.
 
     Build it when pretrained weights are loaded and the model is wrapped; call `update` after every
-    optimizer step, never per micro-batch. With a GradScaler make it a hook of the optimizer
-    (register_step_post_hook): steps that the scaler skips do not count. No call communicates: under
-    DistributedDataParallel rank 0 has the averages, under FSDP2 every rank those of its shards.
+    optimizer step, never per micro-batch. With a GradScaler, whose skipped steps do not count, let
+    the optimizer call it: optimizer.register_step_post_hook(ema.update). No call communicates: with
+    DistributedDataParallel rank 0 has the averages, with FSDP2 every rank those of its shards.
 
-    model   what requires a gradient in it now is averaged; a later change of that is a ValueError
+    model   what requires a gradient in it now is averaged; what starts to later is a ValueError
     decays  one or more of 0 <= decay < 1, "step", "ramp:0.9999", "halflife:2000", "power:0.10"; the
             first is what the methods take for None; their debias takes the initial weights out
     device  where the averages are kept, 2 K + 1 float32 copies; None: where the parameters are
@@ -112,7 +111,7 @@ class EMA:
     def __init__(self, model, decays=0.999, device=None):
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"EMA takes the model, a torch.nn.Module, not a {type(model).__name__}")
-        decays = [decays] if isinstance(decays, (str, float, int)) else decays
+        decays = [decays] if isinstance(decays, str) or not hasattr(decays, "__iter__") else decays
         self.decays = list(dict.fromkeys(map(parse_decay, decays)))
         self._tracked = list(dict.fromkeys([*self.decays, *self.ladder]))
         self.model, self.step, self._inside, self._names = model, 0, 0, bare_state(model)[1]
@@ -126,32 +125,33 @@ class EMA:
         self._saved = {"table": self._table}
         self._rows = [[x.view_as(p) for x, p in zip(row.split(sizes), own)] for row in self._table]
         torch._foreach_copy_(self._rows[0], own)
-        self._layout = {"decays": self.decays, "ladder": self.ladder, "block": self.block}
-        self._layout |= {name: list(p.shape) for name, p in zip(self._names.values(), own)}
+        groups = [x.storage_offset() // (2**17 if x.is_cpu else 2**22) for x in self._rows[0]]
+        self._cuts = [i for i in range(len(own)) if i == 0 or groups[i] > groups[i - 1]]
+        self._layout = [f"decays {self.decays}", f"ladder {self.ladder}", f"block {self.block}"]
+        self._layout += [f"{name} {list(p.shape)}" for name, p in zip(self._names.values(), own)]
 
     @torch.no_grad()
-    def update(self):
-        """Takes in the model's weights after one more optimizer step."""
+    def update(self, optimizer=None, *_):
+        """Takes in the model's weights after one more optimizer step; also a hook of one."""
         if self._inside:
             raise RuntimeError("update() inside applied(): the model holds averaged weights")
         if self.step % 16 == 0:  # it walks through all modules, which is half an update's time
             bare_state(self.model, self._names)
-        self.step += 1
-        self._take((self.step - 1) % self.block + 1)
+        if not getattr(optimizer, "found_inf", 0):  # else a GradScaler makes a fused one do nothing
+            self.step += 1
+            self._take((self.step - 1) % self.block + 1)
 
     def _take(self, n):
         """Step n of a block: m += (r_1 / r_n) (x - m); at its end d += r_n (m - d)."""
         r, own = reaches(self._tracked, self.step, n), [local(p) for p in self._names]
         shares, (first, *means) = (r[:, 1] / r[:, n]).tolist(), self._rows
         like = self._table.device, self._table.dtype
-        cached = 2**17 if like[0].type == "cpu" else 2**22  # few calls, in little memory
-        some = 1 + cached * len(own) // (1 + self._table.shape[1])
-        for i in range(0, len(own), some):
-            now = [p if (p.device, p.dtype) == like else p.to(*like) for p in own[i : i + some]]
-            x = torch._foreach_sub(now, first[i : i + some])
+        for i, end in zip(self._cuts, [*self._cuts[1:], None]):  # few calls, in little memory
+            now = [p if (p.device, p.dtype) == like else p.to(*like) for p in own[i:end]]
+            x = torch._foreach_sub(now, first[i:end])
             for mean, share in zip(means, shares):
-                torch._foreach_lerp_(mean[i : i + some], x, share)
-            del x  # the next one then takes the same memory
+                torch._foreach_lerp_(mean[i:end], x, share)
+            del now, x  # the next ones then take the same memory
         if n == self.block:
             self._table[-len(r) :].lerp_(self._table[1 : 1 + len(r)], r[:, n:].to(self._table))
 
@@ -164,7 +164,7 @@ class EMA:
         return torch.cat([r_n.new_zeros(1), r_n * own, (1 - r_n) * own])
 
     def weights(self, decay=None, debias=False):
-        """The averages in float32, and all else of the model, as its bare state_dict() names it."""
+        """Bare state_dict(): float32 averages, copied buffers, the frozen parameters themselves."""
         state, averages = bare_state(self.model, self._names)[0], {}
         decay = self._tracked[0] if decay is None else parse_decay(decay)
         row = self._coefficients(decay)
@@ -175,16 +175,17 @@ class EMA:
             local(averages[p]).copy_(sum(a * x.double() for a, x in zip(row.tolist(), rows) if a))
         for name, value in state.items():
             if torch.is_tensor(value):
-                state[name] = averages[value] if value in averages else value.detach().clone()
+                frozen = isinstance(value, torch.nn.Parameter)
+                state[name] = averages.get(value, value.detach() if frozen else value.clone())
         return state
 
     @contextlib.contextmanager
     def applied(self, decay=None, debias=False):
-        """Inside, averages; then own weights, also on errors. Leaves train() and eval() alone."""
+        """The model has averages inside, own weights after, always; train() and eval() stay."""
         averages = self.weights(decay, debias)
         own = {x: local(x).detach().clone() for x in (*self._names, *self.model.buffers())}
         try:
-            self._write({p: local(averages[name]) for p, name in self._names.items()}, 1)
+            self._write({p: local(averages.pop(name)) for p, name in self._names.items()}, 1)
             yield self.model
         finally:
             self._write(own, -1)
@@ -198,19 +199,18 @@ class EMA:
     def init_share(self, decay=None):
         """The weight that an average gives to the initial weights at the present step."""
         decay = self._tracked[0] if decay is None else parse_decay(decay)
-        return log_decays(decay, torch.arange(1, self.step + 1).double()).sum().exp().item()
+        return log_decays(decay, self.step, self.step).sum().exp().item()
 
     def state_dict(self):
-        """All that an uninterrupted run knows: numbers, texts and CPU tensors, of own shards."""
+        """What training goes on from, on the CPU, of own shards; `weights` is for sampling."""
         saved = {name: value.to("cpu", copy=True) for name, value in self._saved.items()}
         return {"step": self.step, "layout": self._layout, **saved}
 
     def load_state_dict(self, state):
         """Goes on from a saved state; ValueError, and nothing changed, where it does not fit."""
-        ours, saved = self._layout, state.get("layout", {})
-        for key in {**ours, **saved}:
-            if ours.get(key) != saved.get(key):
-                raise ValueError(f"{key}: {saved.get(key)} in the state, {ours.get(key)} here")
+        for ours, saved in zip([*self._layout, None], [*state.get("layout", ()), None]):
+            if ours != saved:
+                raise ValueError(f"{saved} in the state, {ours} here")
         for name, value in self._saved.items():
             value.copy_(state[name])
         self.step = state["step"]
@@ -233,11 +233,12 @@ class EMABank(EMA):
     def __init__(self, model, decays=0.999, ladder=LADDER, block=16, device=None):
         if block < 1:
             raise ValueError("block is at least 1")
-        self.block, self.ladder = block, [parse_decay(float(rung)) for rung in ladder or ()]
+        rungs = () if ladder is None else map(float, ladder)
+        self.block, self.ladder = block, list(dict.fromkeys(map(parse_decay, rungs)))
         self._pending = 1 + block  # θ_b, then θ_t in row 2 + (t - 1) % block
         super().__init__(model, decays, device)
         self._table[1] = self._table[0]
-        cached = 2**16 if self._table.device.type == "cpu" else 2**18  # columns that fit a cache
+        cached = 2**16 if self._table.is_cpu else 2**18  # columns that fit a cache
         self._chunks = self._table.split(cached, dim=1)
         self._saved["path"] = self._table.new_zeros((), dtype=torch.float64)  # Σ ‖δ_t‖²
 
@@ -305,10 +306,11 @@ class EMABank(EMA):
         mixture, misfit = self._fit(parse_decay(decay))
         if not misfit:
             return 0.0
-        pending = self._table[1 : 2 + self.step % self.block].diff(dim=0)
-        path = (self._saved["path"] + pending.double().square().sum()).sqrt().item()
+        kept, norm = self._table[1 : 2 + self.step % self.block], torch.linalg.vector_norm
+        pending = sum(norm(b - a, dtype=torch.float64) ** 2 for a, b in zip(kept[1:], kept))
+        path = (self._saved["path"] + pending).sqrt().item()
         d = self._table[-len(mixture) :]
-        norms = torch.linalg.vector_norm(d, dim=1, dtype=torch.float64).cpu()
+        norms = torch.stack([norm(row, dtype=torch.float64) for row in d]).cpu()
         return 1.001 * misfit * path + 2**-20 * (mixture.abs() @ norms).item()  # d_k are rounded
 
 
@@ -1209,7 +1211,7 @@ class Run:
         if name not in ("raw", "real"):
             row["init_share"] = self.ema.init_share(decay)
         if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
-            log = log_decays(decay, torch.ones(1, dtype=torch.float64)).item()
+            log = log_decays(decay, 1, 1).item()
             row |= {"horizon": -1 / math.expm1(log),
                     "half_life_images": -math.log(2) / log * s.batch_size}
         if name != "real":
