@@ -595,14 +595,14 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # from the most to the least frequent
-IDX_IMAGES, IDX_LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
-DOWNLOADS = {  # name: (address, {file: how its SHA-256 begins})
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-              {IDX_IMAGES: "440fcabf73cc546f", IDX_LABELS: "3552534a0a558bbe"}),
-    "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                {IDX_IMAGES: "3aede38d61863908", IDX_LABELS: "a04f17134ac03560"}),
-    "cifar10": ("https://www.cs.toronto.edu/~kriz/",
-                {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a"}),
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+DOWNLOADS = {  # name: {address: how the SHA-256 of its file begins}
+    "mnist": {MNIST + IMAGES: "440fcabf73cc546f", MNIST + LABELS: "3552534a0a558bbe"},
+    "fashion": {FASHION + IMAGES: "3aede38d61863908", FASHION + LABELS: "a04f17134ac03560"},
+    "cifar10": {CIFAR10: "c4a38c50a1bc5f3a"},
 }
 
 
@@ -620,10 +620,9 @@ class Dataset:
         low, top, dtype = (0, 255, np.uint8) if self.is_pictures else (-1e18, 1e18, np.float32)
         if not (images.ndim == 4 and len(images) > 19 and low <= images.min() <= images.max() <= top
                 and labels.shape == images.shape[:1] and labels.dtype.kind in "iuU"):
-            raise ValueError(f"{images.dtype} images {list(images.shape)}, {labels.dtype} labels "
-                             f"{list(labels.shape)}; needed are 20 or more [N, C, H, W] or "
-                             "[N, H, W, C], integers 0 to 255 or finite floats, labels [N] of "
-                             "integers or texts, or none")
+            raise ValueError(f"{images.dtype} images {images.shape}, {labels.dtype} labels "
+                             f"{labels.shape}; needed are 20 or more [N, C, H, W] or [N, H, W, C], "
+                             "integers 0 to 255 or finite floats, labels [N]: integers or texts")
         _, a, b, c = images.shape  # channels are last if the others agree, or if they are fewest
         images = images.transpose(0, 3, 1, 2) if a == b != c or b != c < a else images
         self.images = torch.from_numpy(np.array(images, dtype, order="C"))
@@ -698,12 +697,12 @@ def read_data(source):
     if source in DOWNLOADS:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "ddpm_ema", source)
         path.mkdir(parents=True, exist_ok=True)
-        address, files = DOWNLOADS[source]
-        for file, digest in files.items():
-            if not (path / file).exists():
-                torch.hub.download_url_to_file(address + file, str(path / file), digest)
+        for address, digest in DOWNLOADS[source].items():
+            file = path / Path(address).name
+            if not file.exists():
+                torch.hub.download_url_to_file(address, str(file), digest)
     if source == "cifar10":
-        with tarfile.open(path / "cifar-10-binary.tar.gz") as tar:
+        with tarfile.open(file) as tar:
             names = sorted(name for name in tar.getnames() if "data_batch" in name)
             batches = [tar.extractfile(name).read() for name in names]
         records = np.frombuffer(b"".join(batches), np.uint8).reshape(-1, 3073)
@@ -717,8 +716,7 @@ def read_data(source):
         return read_pictures(pictures)
     images, labels = (read_idx(path, kind) for kind in ("images", "labels"))
     if images is None:
-        raise ValueError(f"no data there; allowed are glyphs, {', '.join(DOWNLOADS)}, a folder of "
-                         "idx files or of images, and an .npz file")
+        raise ValueError(f"no data there; allowed are {SETTINGS['data'][1]}")
     return images[:, None], labels
 
 
@@ -1270,8 +1268,7 @@ NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay (0: raw weig
          "step": "training step", "tail_share": "rare modes: mass / true mass",
          "held_out_loss": "held-out loss"}
 STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.formatter.min_exponent": 4,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-         "savefig.bbox": "tight"}
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
 def draw_panel(axis, title, rows, x, y, by):
@@ -1284,8 +1281,8 @@ def draw_panel(axis, title, rows, x, y, by):
     groups = dict.fromkeys(row[by] for row in shown)
     ramp = matplotlib.colormaps["YlGnBu"](np.linspace(0.95, 0.4, len(groups)))
     color = dict(zip(reversed(groups), ramp)) | {"raw": "black"}
-    lines = dict.fromkeys((row[by], row["debiased"]) for row in shown)
-    for group, debiased in lines:  # in a dashed line debiased rows take the place of plain ones
+    # In a dashed line debiased rows take the place of plain ones.
+    for group, debiased in dict.fromkeys((row[by], row["debiased"]) for row in shown):
         line = {(row["step"], row["decay"]): row for row in shown
                 if row[by] == group and row["debiased"] <= debiased}.values()
         across, value, spread = ([row.get(name, 0) for row in line] for name in (x, y, f"{y}_sd"))
@@ -1295,7 +1292,7 @@ def draw_panel(axis, title, rows, x, y, by):
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
              yscale="log" if IDEAL.get(y) == 0 else "linear")  # distances and losses
-    legend = NAMES.get(by, by) + "\n(dashed: debiased)" * any(debiased for _, debiased in lines)
+    legend = NAMES.get(by, by) + "\n(dashed: debiased)" * any(row["debiased"] for row in shown)
     axis.legend(title=legend, loc="upper left", bbox_to_anchor=(1, 1))  # beside, it hides no line
     for side in [side for side, field in (("x", x), ("y", y)) if field == "horizon"]:
         getattr(axis, f"set_{side}scale")("log", subs=[10 / 3])  # decays 0, 0.7, 0.9, 0.97, 0.99
@@ -1319,10 +1316,9 @@ def draw(path, title, panels):
 def plot_curves(path, title, rows):
     """curves.png: the held-out losses of the log, and where raw and averaged weights went."""
     plain = [row for row in rows if not row["debiased"]]
-    sketches = np.array([row["sketch"] for row in plain])  # [rows, 64]
-    plane = sketches @ np.linalg.svd(sketches, full_matrices=False)[2][:2].T  # [rows, 2]
+    u, s, _ = np.linalg.svd([row["sketch"] for row in plain], full_matrices=False)  # of [rows, 64]
     axes = "most varied direction", "second direction"
-    plain = [row | dict(zip(axes, point)) for row, point in zip(plain, plane)]
+    plain = [row | dict(zip(axes, point)) for row, point in zip(plain, u * s)]
     late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
     top = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
     late = [r | {"held_out_loss": math.nan} if r["held_out_loss"] > top else r for r in late]
@@ -1369,25 +1365,25 @@ def plot_samples(path, rows, images):
         strip = F.pad((x0 + 1) / 2, (0, 1), value=1.0).clamp(0, 1)  # white in between
         strip = strip.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()  # [H, 8 (W + 1), 3]
         axis.imshow(strip, interpolation="nearest")
-        axis.set_axis_off()
-        height, width, _ = strip.shape
-        text = f"{NAMES[metric]} {cell(row, metric)}"
+        axis.set(xticks=[], yticks=[], frame_on=False)
+        text = f"{row['name']}\n{NAMES[metric]} {cell(row, metric)}"
         if row.get("init_share", 0) > 1e-3 and not row["debiased"]:
             text += f"\ninitial weights {row['init_share']:.0%}"
-        axis.text(-2, height / 2, row["name"].replace(" ", "\n"), ha="right", va="center")
-        axis.text(width + 1, height / 2, text, va="center")
+        axis.set_ylabel(text, rotation=0, ha="right", va="center")
     figure.savefig(path)
 
 
-def pool(tables):
-    """Rows that all tables {key: row} have: means and standard deviations over them, if several."""
-    pooled = [dict(row) for key, row in tables[0].items() if all(key in table for table in tables)]
-    for row in pooled if len(tables) > 1 else ():
-        peers = [table[key_of(row)] for table in tables]
+def pool(runs):
+    """Rows that all runs have, by step: means and standard deviations over them, if several."""
+    (settings, first), *others = runs
+    pooled = [dict(row) for key, row in first.items() if row["samples"] in ("", settings["samples"])
+              and all(key in rows for _, rows in others)]
+    for row in pooled if others else ():
+        peers = [rows[key_of(row)] for _, rows in runs]
         for name in known(peers):
             values = [peer.get(name, math.nan) for peer in peers]
             row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
-    return pooled
+    return sorted(pooled, key=operator.itemgetter("step"))
 
 
 def report(runs, out):
@@ -1396,26 +1392,25 @@ def report(runs, out):
     Those that differ in their seed are one method, whose table has means and spreads over seeds.
     Several methods are ranked at each decay, and each at its best one.
     """
-    methods, places = {}, {}  # {method: {seed: rows}}, {(step, name): rows of the methods}
+    methods, places = {}, {}  # {method: {seed: run}}, {(step, name): rows of the methods}
     differ = [name for name in (*FIXED, "steps", "samples") if name != "seed"
               and len({str(settings[name]) for settings, _ in runs}) > 1]
     if "data" in differ:
         raise ValueError("runs on different data have no ranking; give them to --report apart")
     for settings, rows in runs:
-        seed, samples = settings["seed"], settings["samples"]
-        seeds = methods.setdefault(", ".join(f"{name} {settings[name]}" for name in differ), {})
-        if seed in seeds:
-            raise ValueError(f"two runs have the same settings and seed {seed}")
-        seeds[seed] = {key: row for key, row in rows.items() if row["samples"] in ("", samples)}
+        method = ", ".join(f"{name} {settings[name]}" for name in differ)
+        methods.setdefault(method, {})[settings["seed"]] = settings, rows
+    if sum(map(len, methods.values())) < len(runs):
+        raise ValueError("two runs have the same settings and seed")
     out.mkdir(parents=True, exist_ok=True)
     for number, (method, seeds) in enumerate(methods.items(), 1):
-        rows = sorted(pool(list(seeds.values())), key=lambda row: row["step"])
+        rows = pool([*seeds.values()])
         table = [row for row in rows if row["samples"]]
         if not table:
             raise ValueError("these runs have no row of samples in common")
         metrics = known(table)
         spread = f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples"
-        title = f"{method or samples}; ± over {spread}"
+        title = f"{method or settings['samples']}; ± over {spread}"
         print(f"\n{title}")
         print_rows(table, ["horizon", "init_share", *metrics])
         plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, rows)
@@ -1427,7 +1422,7 @@ def report(runs, out):
                 ahead |= {key: first[key] for key in (metric, f"{metric}_sd") if key in first}
             for row in (ahead, *peers):
                 places.setdefault((step, row["name"]), []).append(row | {"method": method})
-    if len(methods) > 1:
+    if differ:
         print("\nThe methods at each decay, and each at its best one")
         ranked = [row for rows in places.values() if len(rows) > 1 for row in rows]
         metrics = known(ranked)
