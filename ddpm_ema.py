@@ -1264,11 +1264,11 @@ class Run:
 
 # ==== Pictures and reports ========================================================================
 
-NAMES = {"fd": "Fréchet distance", "fid": "FID", "horizon": "decay (0: raw weights)",
-         "step": "training step", "tail_share": "rare modes: mass / true mass",
-         "held_out_loss": "held-out loss"}
+NAMES = {"fd": "Fréchet distance", "horizon": "decay (0: raw weights)", "step": "training step",
+         "tail_share": "rare modes: mass / true mass", "held_out_loss": "held-out loss"}
 STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.formatter.min_exponent": 4,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+         "savefig.bbox": "tight"}
 
 
 def draw_panel(axis, title, rows, x, y, by):
@@ -1366,7 +1366,7 @@ def plot_samples(path, rows, images):
         strip = strip.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()  # [H, 8 (W + 1), 3]
         axis.imshow(strip, interpolation="nearest")
         axis.set(xticks=[], yticks=[], frame_on=False)
-        text = f"{row['name']}\n{NAMES[metric]} {cell(row, metric)}"
+        text = f"{row['name']}\n{NAMES.get(metric, metric)} {cell(row, metric)}"
         if row.get("init_share", 0) > 1e-3 and not row["debiased"]:
             text += f"\ninitial weights {row['init_share']:.0%}"
         axis.set_ylabel(text, rotation=0, ha="right", va="center")
@@ -1399,9 +1399,10 @@ def report(runs, out):
         raise ValueError("runs on different data have no ranking; give them to --report apart")
     for settings, rows in runs:
         method = ", ".join(f"{name} {settings[name]}" for name in differ)
-        methods.setdefault(method, {})[settings["seed"]] = settings, rows
-    if sum(map(len, methods.values())) < len(runs):
-        raise ValueError("two runs have the same settings and seed")
+        seeds = methods.setdefault(method, {})
+        if settings["seed"] in seeds:
+            raise ValueError(f"two runs have the same settings and seed {settings['seed']}")
+        seeds[settings["seed"]] = settings, rows
     out.mkdir(parents=True, exist_ok=True)
     for number, (method, seeds) in enumerate(methods.items(), 1):
         rows = pool([*seeds.values()])
@@ -1410,7 +1411,7 @@ def report(runs, out):
             raise ValueError("these runs have no row of samples in common")
         metrics = known(table)
         spread = f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples"
-        title = f"{method or settings['samples']}; ± over {spread}"
+        title = f"{method or table[0]['samples']}; ± over {spread}"
         print(f"\n{title}")
         print_rows(table, ["horizon", "init_share", *metrics])
         plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, rows)
