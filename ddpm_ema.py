@@ -858,6 +858,15 @@ def read_rows(folder):
         return {key_of(row): row for row in map(json.loads, lines)}
 
 
+def read_checkpoint(path):
+    """What `Run.save` wrote there; of a run that is yet to begin where there is nothing."""
+    if not path.exists():
+        return {"settings": {}, "step": 0}
+    with explained(f"{path} is no checkpoint of this program: delete it: "):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in (*PARTS, "running", "step", "settings")}
+
+
 def write_rows(folder, rows):
     """metrics.jsonl, and results.csv for people: the rows, of what is a number or a text."""
     with replacing(folder / "metrics.jsonl") as draft:
@@ -892,14 +901,14 @@ def settled(log):
     wobble: its standard deviation about a line over the last quarter of the steps, from successive
     differences (von Neumann 1941). reached: the first step not above raw's mean in that quarter.
     """
-    rows, last = [], log[-1]["step"]
-    late = [row for row in log if row["step"] >= 0.75 * last]
-    level = np.mean([row["held_out_loss"] for row in late if row["name"] == "raw"])
-    for row in [row for row in log if row["step"] == last]:
-        steps = np.diff([r["held_out_loss"] for r in late if r["name"] == row["name"]])
-        low = (r["step"] for r in log if r["name"] == row["name"] and r["held_out_loss"] <= level)
-        wobble = np.std(steps).item() / 2**0.5 if len(steps) > 1 else None
-        rows.append(row | {"wobble": wobble, "reached": min(low, default=None)})
+    rows, last, level = [], log[-1]["step"], math.nan
+    for row in [row for row in log if row["step"] == last]:  # raw is the first of them
+        losses = {r["step"]: r["held_out_loss"] for r in log if r["name"] == row["name"]}
+        late = [loss for step, loss in losses.items() if step >= 0.75 * last]
+        level = np.mean(late) if row["name"] == "raw" else level
+        wobble = np.std(np.diff(late)).item() / 2**0.5 if len(late) > 2 else None
+        reached = min((step for step, loss in losses.items() if loss <= level), default=None)
+        rows.append(row | {"wobble": wobble, "reached": reached})
     return rows
 
 
@@ -914,36 +923,37 @@ def cell(row, field):
     return "-" if value is None else str(value)
 
 
-def print_table(header, lines, keys=2):
+def print_table(lines, keys=2):
     """Prints texts as Markdown; what goes beyond 120 columns comes below, after the same `keys`."""
-    widths = [max(3, *map(len, column)) for column in zip(header, *lines)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
     fit = max(keys + 1, np.searchsorted(np.cumsum([width + 3 for width in widths]), 120))
     print()
-    for line in (header, ["-" * width for width in widths], *lines):
+    for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
         print("| " + " | ".join(map(str.ljust, line[:fit], widths)) + " |")
-    if fit < len(header):
-        header, *lines = ([*line[:keys], *line[fit:]] for line in (header, *lines))
-        print_table(header, lines, keys)
+    if fit < len(widths):
+        print_table([[*line[:keys], *line[fit:]] for line in lines], keys)
 
 
 def print_rows(rows, fields, keys=("step", "name")):
     """A table; bold, of rows that differ in the last key: the best, and what both spreads allow."""
-    lines = [[cell(row, field) for field in (*keys, *fields)] for row in rows]
+    fields = *keys, *fields
+    lines = [[cell(row, field) for field in fields] for row in rows]
     for row, line in zip(rows, lines):
         peers = [peer for peer in rows if all(peer[key] == row[key] for key in keys[:-1])]
         for metric in IDEAL.keys() & fields:
-            first, column = best(peers, metric), len(keys) + fields.index(metric)
+            first, column = best(peers, metric), fields.index(metric)
             spread = math.hypot(*(peer.get(f"{metric}_sd", 0) for peer in (first, row)))
             if cost(row, metric) <= cost(first, metric) + spread < math.inf:
                 line[column] = f"**{line[column]}**"
-    print_table([field.replace("_", " ") for field in (*keys, *fields)], lines, len(keys))
+    print_table([[field.replace("_", " ") for field in fields], *lines], len(keys))
 
 
 # ==== The run =====================================================================================
 
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 FIXED = (  # what a run cannot change half-way
-    "preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective", "schedule")
+    "preset", "data", "data_shape", "batch_size", "lr", "cooldown", "cooldown_steps",
+    "seed", "objective", "schedule")
 PARTS = "model", "optimizer", "ema", "classifier"  # of a checkpoint
 INIT, TRAIN, SAMPLE = range(3)  # streams of random numbers
 CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
@@ -959,12 +969,6 @@ def show(text, keep=True):
         print("\r\033[K" * live + text, end="\n" if stays else "", flush=True)
 
 
-def stop(message):
-    """Ends the program with one line and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 @contextlib.contextmanager
 def explained(where=""):
     """Any failure inside ends the program with one line; DDPM_EMA_DEBUG=1 shows where it was."""
@@ -973,23 +977,13 @@ def explained(where=""):
     except Exception as error:
         if os.environ.get("DDPM_EMA_DEBUG") == "1":
             raise
-        stop(f"{where}{error or type(error).__name__}")
+        reason = " ".join(f"{where}{error or type(error).__name__}".split())
+        argparse.ArgumentParser(usage=argparse.SUPPRESS).error(reason)  # with exit code 2
 
 
 def seed_of(stream, seed, index=0):
     """32 bits for a stream of a seed; index: the training step, or the first of some samples."""
     return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
-
-
-def load_checkpoint(path):
-    """What `Run.save` wrote there; of a run that is yet to begin where there is nothing."""
-    if not path.exists():
-        return {"settings": {}, "step": 0}
-    with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"settings", "step", "running", "ema"} <= checkpoint.keys():
-            return checkpoint
-    raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
 
 
 def sketch(moved, size=64):
@@ -1033,9 +1027,8 @@ class Run:
         torch.empty(s.batch_size, *data.images.shape[1:])  # is there room for a batch?
         probe = EMABank(nn.Linear(1, 1), s.tracked)
         for probe.step in s.stage_steps:
-            for decay in s.decay:
-                if decay != "auto":
-                    probe.error_bound(decay)  # can it be read there?
+            for decay in s.shown:
+                probe.error_bound(decay)  # can it be read there?
         if s.features:
             with explained(f"--features {s.features}: "):
                 self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
@@ -1073,7 +1066,7 @@ class Run:
         (loss * self.world).backward()  # gradients are averaged over the processes, not summed
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1, (self.step + 1) / s.warmup)
-        cool = min(1, (s.steps - self.step) / max(s.cooldown * s.steps, 1))
+        cool = min(1, (s.steps - self.step) / max(s.cooldown_steps, 1))
         self.optimizer.param_groups[0]["lr"] = s.lr * warm * cool
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -1123,7 +1116,7 @@ class Run:
             torch.distributed.barrier()
 
     def load(self, path):
-        state, ours = load_checkpoint(path), vars(self.settings)
+        state, ours = read_checkpoint(path), vars(self.settings)
         for key in FIXED:
             if state["settings"][key] != ours[key]:
                 raise ValueError(f"the run in {self.out} has {key} {state['settings'][key]}, not "
@@ -1252,8 +1245,7 @@ class Run:
         s = self.settings
         _, *averages = self.complete(self.names(CANDIDATES), "")
         chosen, before = best(averages, "held_out_loss")["name"], len(self.rows)
-        fixed = [decay for decay in s.decay if decay != "auto"]
-        names = ["real", *self.names(fixed)] + [chosen] * ("auto" in s.decay)
+        names = ["real", *self.names(s.shown)] + [chosen] * ("auto" in s.decay)
         rows = self.complete(names, s.samples)
         if self.rank == 0:
             images = [x0 for row in rows for x0 in self.images(row["name"], 8)]
@@ -1436,42 +1428,26 @@ def report(runs, out):
 
 # ==== Command line ================================================================================
 
-def number(kind, low, high):
-    """A reader of numbers of this kind from low to high."""
-    def read(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise ValueError(f"{text!r} is no {'whole ' * (kind is int)}number from {low} to {high}")
-    return read
-
-
-def several(read):
-    """A reader of comma-separated items, each kept once."""
-    return lambda text: list(dict.fromkeys(map(read, text.split(","))))
-
-
-COUNT = number(int, 1, 10**8)
-SETTINGS = {  # flag: (default, what it is, a reader of its text or the names that it may be)
+SETTINGS = {  # flag: (default, what it is, (from, to) or the names that it may be or its reader)
     "decay": (["0.999"], ("EMA decays, with commas: 0 to 1; step, the plain mean; ramp:0.9999; "
                "halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to 0.999999; "
                "auto, that of the lowest held-out loss at each stage"),
-              several(lambda item: item if item in ("auto", "sweep") else parse_decay(item))),
+              lambda item: item if item in ("auto", "sweep") else parse_decay(item)),
     "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz", str),
     "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
-    "steps": (4000, "optimizer steps; more than a finished run has trains it on", COUNT),
-    "stages": ([1.0], "fractions of the run to evaluate at", several(number(float, 1e-9, 1))),
-    "batch_size": (32, "images per optimizer step, over all processes", COUNT),
-    "lr": (1e-3, "learning rate of Adam, after a linear warm-up", number(float, 0, 1e38)),
-    "cooldown": (0.0, "last fraction of the steps: the rate falls to 0", number(float, 0, 1)),
-    "seed": (0, "of initial weights, data order, noise and samples", number(int, 0, 10**18)),
+    "steps": (4000, "optimizer steps; more than a finished run has trains it on", (1, 10**8)),
+    "stages": ([1.0], "fractions of the run to evaluate at", (1e-9, 1)),
+    "batch_size": (32, "images per optimizer step, over all processes", (1, 10**8)),
+    "lr": (1e-3, "learning rate of Adam, after a linear warm-up", (0, 1e38)),
+    "cooldown": (0.0, "last fraction of the steps: the rate falls to 0", (0, 1)),
+    "seed": (0, "of initial weights, data order, noise and samples", (0, 10**18)),
     "objective": ("v", "what the network predicts: noise, data, velocity", Diffusion.OBJECTIVES),
     "schedule": ("cosine", "of the noise; flow: the path of flow matching", Diffusion.SCHEDULES),
     "sampler": ("dpm++", "ancestral, deterministic, or DPM-Solver++(2M)", tuple(SAMPLERS)),
-    "sample_steps": (24, "network evaluations per sample", number(int, 1, 1000)),
-    "num_samples": (2048, "samples per row of the table", number(int, 16, 10**8)),
-    "save_every": (500, "steps between checkpoints", COUNT),
-    "log_every": (100, "steps between rows of the log", COUNT),
+    "sample_steps": (24, "network evaluations per sample", (1, 1000)),
+    "num_samples": (2048, "samples per row of the table", (16, 10**8)),
+    "save_every": (500, "steps between checkpoints", (1, 10**8)),
+    "log_every": (100, "steps between rows of the log", (1, 10**8)),
     "features": ("", "TorchScript file, uint8 [N, 3, H, W] to features: fid instead of fd", str),
     "preset": ("small", "cifar10: the DDPM paper's network and training", ("small", "cifar10")),
     "report": ((), "finished runs (folders) to compare; goes with --out alone", Path),
@@ -1489,21 +1465,34 @@ PRESETS = {
 SWEEP = "0.5,0.9,0.99,0.999,0.9993,0.9995,0.9997,0.9999,0.99999,0.999999"
 
 
+def read(text, default, allowed):
+    """A flag's value, of the kind of its default: where that is a list, several with commas."""
+    if isinstance(default, list):
+        return list(dict.fromkeys(read(item, default[0], allowed) for item in text.split(",")))
+    if callable(allowed):
+        return allowed(text)
+    (low, high), kind = allowed, type(default)
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise ValueError(f"{text!r} is no {'whole ' * (kind is int)}number from {low} to {high}")
+
+
+@explained()
 def read_flags(flags, doc, argv):
     """{name: value} of what is given; `flags` are like SETTINGS, a default () takes several."""
     parser = argparse.ArgumentParser(
-        description=doc, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = stop  # one line instead of argparse's usage text
-    for name, (default, text, read) in flags.items():
+        usage=argparse.SUPPRESS, description=doc, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (default, text, allowed) in flags.items():
         flag = f"--{name.replace('_', '-')}"
-        checked = explained(f"{flag}: ")  # what a reader raises, as one line
-        takes = {"choices": read} if isinstance(read, tuple) else {"type": checked(read)}
+        named = isinstance(default, str) and isinstance(allowed, tuple)
+        reads = explained(f"{flag}: ")(functools.partial(read, default=default, allowed=allowed))
         default = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(flag, help=f"{text} [{default}]", nargs="+" if default == () else None,
-                            **takes)
+                            **{"choices": allowed} if named else {"type": reads})
     if broken := [text for text in argv if text.endswith("=--")]:  # argparse would fail on it
-        stop(f"{broken[0]}: -- is no value")
+        raise ValueError(f"{broken[0]}: -- is no value")
     return vars(parser.parse_args(argv))
 
 
@@ -1512,7 +1501,7 @@ def resolve(given):
     settings = {name: default for name, (default, *_) in SETTINGS.items()}
     settings |= PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
     out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
-    last = load_checkpoint(out / "last.pt")
+    last = read_checkpoint(out / "last.pt")
     run, reached = last["settings"], last["step"]
     if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
@@ -1520,22 +1509,23 @@ def resolve(given):
     if run and os.path.realpath(s.data) == os.path.realpath(run["data"]):
         s.data = run["data"]  # in another spelling
     s.decay = list(dict.fromkeys(",".join(s.decay).replace("sweep", SWEEP).split(",")))
-    s.tracked = run.get("tracked", [decay for decay in s.decay if decay != "auto"])
-    if s.steps < reached or (run.get("cooldown") and s.steps != run["steps"]):
-        raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
-                         f"{run['steps']} steps" + ", with a cooldown" * (run["cooldown"] > 0))
-    steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
-    s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
-    if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
-        raise ValueError(f"{out} kept no checkpoint at a step of {steps}; first set --stages")
+    s.shown = [decay for decay in s.decay if decay != "auto"]
+    s.tracked = run.get("tracked", s.shown)
+    s.cooldown_steps = s.cooldown * s.steps
     s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
     s.samples += f", features {s.features}" if s.features else ""
+    steps = {max(1, round(fraction * s.steps)) for fraction in s.stages}
+    lost = {n for n in {*steps, s.steps} if n < reached and not (out / f"step-{n}.pt").exists()}
+    s.stage_steps = sorted(steps - lost)
+    if s.steps in lost or not s.stage_steps or ("stages" in given and steps & lost):
+        raise ValueError(f"the run in {out} has come to {reached} of {run['steps']} steps, and "
+                         f"kept no checkpoint at {sorted(lost)}; first set --stages")
     return s
 
 
 def finished(folder):
     """[(settings, {key: row})] of a finished run, one for each kind of samples; or ValueError."""
-    rows, run = read_rows(folder), load_checkpoint(folder / "last.pt")
+    rows, run = read_rows(folder), read_checkpoint(folder / "last.pt")
     if not rows or run["step"] < run["settings"].get("steps", math.inf):
         raise ValueError(f"{folder} holds no finished run; give what --out named")
     settings = run["settings"] | {"data": os.path.basename(run["settings"]["data"])}

@@ -1163,7 +1163,7 @@ def bench(title, calls, repeats=32):  # in milliseconds, the least of 12 rounds 
     rounds = [[timeit.timeit(call, number=repeats) for call in calls.values()] for _ in range(12)]
     times = [1e3 / repeats * min(each) for each in zip(*rounds)]
     lines = [[name, f"{ms:.2f}", f"{ms / times[0]:.3f}"] for name, ms in zip(calls, times)]
-    ddpm_ema.print_table([title, "ms", "of the first"], lines)
+    ddpm_ema.print_table([[title, "ms", "of the first"], *lines])
 
 
 def bench_ema(total, tensors):

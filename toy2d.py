@@ -20,7 +20,7 @@ An MLP F learns D, as the tree's authors do it, in the preconditioning of Karras
     c_in = (σ² + σd²)^-½,    c_out = σ σd c_in,    loss |D - target|² / c_out².
 """
 
-import contextlib  # noqa: I001  (the last of these is wrapped at 100)
+import contextlib  # noqa: I001  (the last of these would be wrapped at 88)
 import functools
 import itertools
 import math
@@ -34,8 +34,7 @@ from matplotlib.figure import Figure
 from numba import njit, prange, types
 from numba.extending import overload
 
-from ddpm_ema import (EMA, explained, number, parse_decay, print_table, read_flags,
-                      replacing, several, show)
+from ddpm_ema import EMA, explained, parse_decay, print_table, read_flags, replacing, show
 
 # ==================================================================================================
 # The tree: a mixture of 1,016 Gaussians, exactly (Numba)
@@ -275,11 +274,11 @@ def heun(denoise, x, highest):
 # The run, its table and its pictures
 # ==================================================================================================
 
-FLAGS = {  # flag: (default, what it is, its reader)
-    "decay": (["0.99", "0.997", "0.998", "0.999"], "from short to long", several(parse_decay)),
-    "steps": (4096, "training steps", number(int, 8, 10**7)),
-    "seeds": (5, "seeds, trained together", number(int, 1, 1000)),
-    "batch_size": (1024, "samples for each step and seed", number(int, 1, 10**6)),
+FLAGS = {  # see ddpm_ema.SETTINGS
+    "decay": (["0.99", "0.997", "0.998", "0.999"], "from short to long", parse_decay),
+    "steps": (4096, "training steps", (8, 10**7)),
+    "seeds": (5, "seeds, trained together", (1, 1000)),
+    "batch_size": (1024, "samples for each step and seed", (1, 10**6)),
     "target": ("exact", "learn from exact: D itself; or from samples", ("exact", "samples")),
     "out": (Path("runs/toy2d"), "folder for the table and the pictures", Path),
 }
@@ -324,7 +323,7 @@ def print_rows(rows):
     for measure, digits in zip(MEASURES, (3, 3, 1)):
         for key, (mean, spread) in summarise(rows, measure).items():
             lines[key].append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
-    print_table(["step", "weights", "init share", *MEASURES], [*lines.values()])
+    print_table([["step", "weights", "init share", *MEASURES], *lines.values()])
 
 
 def save(path, figure, heading, ax):  # with one legend, that of ax
