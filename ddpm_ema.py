@@ -858,15 +858,6 @@ def read_rows(folder):
         return {key_of(row): row for row in map(json.loads, lines)}
 
 
-def read_checkpoint(path):
-    """What `Run.save` wrote there; of a run that is yet to begin where there is nothing."""
-    if not path.exists():
-        return {"settings": {}, "step": 0}
-    with explained(f"{path} is no checkpoint of this program: delete it: "):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in (*PARTS, "running", "step", "settings")}
-
-
 def write_rows(folder, rows):
     """metrics.jsonl, and results.csv for people: the rows, of what is a number or a text."""
     with replacing(folder / "metrics.jsonl") as draft:
@@ -952,8 +943,7 @@ def print_rows(rows, fields, keys=("step", "name")):
 
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 FIXED = (  # what a run cannot change half-way
-    "preset", "data", "data_shape", "batch_size", "lr", "cooldown", "cooldown_steps",
-    "seed", "objective", "schedule")
+    "preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective", "schedule")
 PARTS = "model", "optimizer", "ema", "classifier"  # of a checkpoint
 INIT, TRAIN, SAMPLE = range(3)  # streams of random numbers
 CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
@@ -984,6 +974,15 @@ def explained(where=""):
 def seed_of(stream, seed, index=0):
     """32 bits for a stream of a seed; index: the training step, or the first of some samples."""
     return int(np.random.SeedSequence((stream, seed, index)).generate_state(1)[0])
+
+
+def read_checkpoint(path):
+    """What `Run.save` wrote there; of a run that is yet to begin where there is nothing."""
+    if not path.exists():
+        return {"settings": {}, "step": 0}
+    with explained(f"{path} is no checkpoint of this program: delete it: "):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in (*PARTS, "running", "step", "settings")}
 
 
 def sketch(moved, size=64):
@@ -1066,7 +1065,7 @@ class Run:
         (loss * self.world).backward()  # gradients are averaged over the processes, not summed
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1, (self.step + 1) / s.warmup)
-        cool = min(1, (s.steps - self.step) / max(s.cooldown_steps, 1))
+        cool = min(1, (s.steps - self.step) / max(s.cooldown * s.steps, 1))
         self.optimizer.param_groups[0]["lr"] = s.lr * warm * cool
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -1491,9 +1490,10 @@ def read_flags(flags, doc, argv):
         default = ",".join(map(str, default)) if isinstance(default, list) else default
         parser.add_argument(flag, help=f"{text} [{default}]", nargs="+" if default == () else None,
                             **{"choices": allowed} if named else {"type": reads})
-    if broken := [text for text in argv if text.endswith("=--")]:  # argparse would fail on it
-        raise ValueError(f"{broken[0]}: -- is no value")
-    return vars(parser.parse_args(argv))
+    given, unknown = parser.parse_known_args(argv)
+    if refused := unknown + [text for text in argv if text.endswith("=--")]:
+        raise ValueError(f"{refused[0]} is not understood")
+    return vars(given)
 
 
 def resolve(given):
@@ -1511,15 +1511,15 @@ def resolve(given):
     s.decay = list(dict.fromkeys(",".join(s.decay).replace("sweep", SWEEP).split(",")))
     s.shown = [decay for decay in s.decay if decay != "auto"]
     s.tracked = run.get("tracked", s.shown)
-    s.cooldown_steps = s.cooldown * s.steps
     s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
     s.samples += f", features {s.features}" if s.features else ""
-    steps = {max(1, round(fraction * s.steps)) for fraction in s.stages}
-    lost = {n for n in {*steps, s.steps} if n < reached and not (out / f"step-{n}.pt").exists()}
-    s.stage_steps = sorted(steps - lost)
-    if s.steps in lost or not s.stage_steps or ("stages" in given and steps & lost):
-        raise ValueError(f"the run in {out} has come to {reached} of {run['steps']} steps, and "
-                         f"kept no checkpoint at {sorted(lost)}; first set --stages")
+    if s.steps < reached or (run.get("cooldown") and s.steps != run["steps"]):
+        raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
+                         f"{run['steps']} steps" + ", with a cooldown" * (run["cooldown"] > 0))
+    steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
+    s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
+    if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
+        raise ValueError(f"{out} kept no checkpoint at a step of {steps}; first set --stages")
     return s
 
 
