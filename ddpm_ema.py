@@ -1133,8 +1133,7 @@ class Run:
         """The model has these weights inside the with block."""
         if name == "raw":
             return contextlib.nullcontext()
-        decay, _, debiased = name.partition(" ")
-        return self.ema.applied(decay, bool(debiased))
+        return self.ema.applied(name.removesuffix(" debiased"), " debiased" in name)
 
     def held_out_loss(self, num_images=256):
         """Mean loss on fixed images, noise and times, spread as in training."""
