@@ -980,9 +980,10 @@ def read_checkpoint(path):
     """What `Run.save` wrote there; of a run that is yet to begin where there is nothing."""
     if not path.exists():
         return {"settings": {}, "step": 0}
-    with explained(f"{path} is no checkpoint of this program: delete it: "):
+    with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: state[name] for name in (*PARTS, "running", "step", "settings")}
+    raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
 
 
 def sketch(moved, size=64):
@@ -1491,7 +1492,7 @@ def read_flags(flags, doc, argv):
                             **{"choices": allowed} if named else {"type": reads})
     given, unknown = parser.parse_known_args(argv)
     if refused := unknown + [text for text in argv if text.endswith("=--")]:
-        raise ValueError(f"{refused[0]} is not understood")
+        raise ValueError(f"{refused[0]} is not understood; --help lists all flags")
     return vars(given)
 
 
