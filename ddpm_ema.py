@@ -28,8 +28,8 @@ pasted alone into an empty file.
 # What is stored is d_t = e_t - θ_0 = Σ_n r_n δ_{t+1-n}, made of steps δ_t = θ_t - θ_{t-1}.
 # The reach r_n = 1 - Π_{i>t-n} β_i is the weight of the last n steps. The init share, what θ_0
 # still weighs, is 1 - r_t; debiased, the average is θ_0 + d_t / r_t. A block of n steps, m the
-# average of x_t = θ_t - θ_0 in it, turns d into (1 - r_n) d + r_n m: d rounds once a block, and
-# as far as weights have moved; e += (1 - β) (θ - e) rounds e itself at each step, and stalls.
+# average of x_t = θ_t - θ_0 in it, turns d into (1 - r_n) d + r_n m: d is rounded once a block,
+# relative to how far weights moved; e += (1 - β) (θ - e) rounds e itself every step, and stalls.
 
 import contextlib
 
@@ -73,7 +73,7 @@ def reaches(decays, step, n):
 
 
 def bare_state(model, built=None):
-    """{name: value} of the bare model, {p: name} of what trains; ValueError if not `built`."""
+    """{name: value} of the bare model, {p: name} of what trains: ValueError if not as `built`."""
     wrappers = torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel
     while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         model = next(model.children())
@@ -100,7 +100,7 @@ class EMA:
     the optimizer call it: optimizer.register_step_post_hook(ema.update). No call communicates: with
     DistributedDataParallel rank 0 has the averages, with FSDP2 every rank those of its shards.
 
-    model   what requires a gradient in it now is averaged; what starts to later is a ValueError
+    model   what requires a gradient now is averaged; what comes to require one is a ValueError
     decays  one or more of 0 <= decay < 1, "step", "ramp:0.9999", "halflife:2000", "power:0.10"; the
             first is what the methods take for None; their debias takes the initial weights out
     device  where the averages are kept, 2 K + 1 float32 copies; None: where the parameters are
@@ -132,7 +132,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, optimizer=None, *_):
-        """Takes in the model's weights after one more optimizer step; also a hook of one."""
+        """Takes in the weights after one more step; `optimizer`: what its post hook is given."""
         if self._inside:
             raise RuntimeError("update() inside applied(): the model holds averaged weights")
         if self.step % 16 == 0:  # it walks through all modules, which is half an update's time
@@ -204,13 +204,13 @@ class EMA:
     def state_dict(self):
         """What training goes on from, on the CPU, of own shards; `weights` is for sampling."""
         saved = {name: value.to("cpu", copy=True) for name, value in self._saved.items()}
-        return {"step": self.step, "layout": self._layout, **saved}
+        return {"step": self.step, "layout": [*self._layout], **saved}
 
     def load_state_dict(self, state):
         """Goes on from a saved state; ValueError, and nothing changed, where it does not fit."""
         for ours, saved in zip([*self._layout, None], [*state.get("layout", ()), None]):
             if ours != saved:
-                raise ValueError(f"{saved} in the state, {ours} here")
+                raise ValueError(f"{saved or 'nothing'} in the state, {ours or 'nothing'} here")
         for name, value in self._saved.items():
             value.copy_(state[name])
         self.step = state["step"]
@@ -279,10 +279,10 @@ class EMABank(EMA):
             return mixture, 0.0
         t, rungs = max(self.step, 1), [float(rung) for rung in self.ladder]
         *rows, target = reaches([*self.ladder, decay], t, t)[:, 1:]  # [t] each
-        now, span = 1 - target[0], f", {min(rungs):.6g} to {max(rungs):.6g}" if rungs else ""
+        now, span = 1 - target[0], [f"{min(rungs):.6g} to {max(rungs):.6g}"] if rungs else []
         if not rungs or not min(rungs) <= now <= max(rungs):
             raise ValueError(f"decay {decay} ({now:.6g} at step {t}) is not there; there are "
-                             f"{', '.join(self.decays)}{span}")
+                             f"{', '.join(self.decays + span)}")
         rows = torch.stack(rows)  # [rungs, t]
         gram = rows @ rows.T
         ridge = 1e-12 * gram.diag().diag()  # keeps a_k, and their rounding, small
@@ -311,7 +311,7 @@ class EMABank(EMA):
         path = (self._saved["path"] + pending).sqrt().item()
         d = self._table[-len(mixture) :]
         norms = torch.stack([norm(row, dtype=torch.float64) for row in d]).cpu()
-        return 1.001 * misfit * path + 2**-20 * (mixture.abs() @ norms).item()  # d_k are rounded
+        return 1.01 * misfit * path + 2**-20 * (mixture.abs() @ norms).item()  # d_k are rounded
 
 
 # ==== Noise schedules, objectives and samplers ====================================================
@@ -1492,7 +1492,7 @@ def read_flags(flags, doc, argv):
                             **{"choices": allowed} if named else {"type": reads})
     given, unknown = parser.parse_known_args(argv)
     if refused := unknown + [text for text in argv if text.endswith("=--")]:
-        raise ValueError(f"{refused[0]} is not understood; --help lists all flags")
+        raise ValueError(f"{refused[0]} is not understood; commas part values, --help lists flags")
     return vars(given)
 
 

@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(Average):
     [ema.update() for _ in wander(ema.model, "walk", 20)]
     before, other = (ema.step, ema.weights()), EMABank if Average is EMA else EMA
     for named, each in (("decays", Average(mlp(), "step")), ("4.weight", Average(wide, 0.9)),
-                        ("ladder", other(mlp(), 0.9)), ("None", mlp()),
+                        ("ladder", other(mlp(), 0.9)), ("nothing", mlp()),
                         ("block", EMABank(mlp(), 0.9, ema.ladder, block=8)),
                         ("2.weight", Average(nn.ModuleDict({i: mlp()[int(i)] for i in "20"}), 0.9)),
                         ("5.weight", Average(mlp().append(nn.Linear(2, 2)), 0.9))):
