@@ -95,7 +95,7 @@ class Oracle:
 
     def check(self, ema):
         for decay in self.decays:
-            assert max(self.error(ema, decay, debias)[1] for debias in (False, True)) < 5e-6, decay
+            assert all(self.error(ema, decay, debias)[1] < 5e-6 for debias in (False, True)), decay
 
 
 def mlp():
@@ -243,7 +243,7 @@ def test_a_run_equals_an_undisturbed_one_bit_for_bit(Average, how):
 def test_untracked_decays_are_within_their_bound_and_nearer_than_edm2(kind, stored=16):
     """EDM2 (arXiv:2312.02696, 3.2), with 32 copies too: snapshots of two power functions, mixed."""
     wanted = 0.903, 0.92, 0.97, 0.9944, 0.9993, 0.9999, "ramp:0.9999"
-    trained, coarse = kind in ("mlp", "unet"), (0.1, 0.5, 0.9, 0.99, 0.99995)
+    trained, coarse = kind in ("mlp", "unet"), (0.1, 0.5, 0.9, 0.9, 0.99, 0.99995)
     steps, shape = (100, (1, 8, 8)) if kind == "unet" else (600, (2,))
     models = {"mlp": mlp(), "unet": UNet(width=8, multipliers=(1, 2), attention=(1,))}
     model = models.get(kind, nn.ParameterList([torch.zeros(40)]))
