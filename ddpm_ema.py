@@ -980,8 +980,8 @@ def read_checkpoint(path):
     """What `Run.save` wrote there; of a run that is yet to begin where there is nothing."""
     if not path.exists():
         return {"settings": {}, "step": 0}
-    with contextlib.suppress(Exception):  # the unpickler may fail on garbage in any way
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file, contextlib.suppress(Exception):  # garbage may fail in any way
+        state = torch.load(file, map_location="cpu", weights_only=True)
         return {name: state[name] for name in (*PARTS, "running", "step", "settings")}
     raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
 
