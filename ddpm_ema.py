@@ -11,16 +11,10 @@
     python ddpm_ema.py --decay sweep,auto --stages 0.1,0.25,0.5,1      which decay is best, and when
     python ddpm_ema.py --report RUN RUN                   finished runs: spread over seeds, ranking
 
-An exponential moving average follows the weights theta_t of step t with a decay beta:
-
-    e_t = beta e_{t-1} + (1 - beta) theta_t,    e_0 = theta_0.
-
-It averages over a horizon of 1 / (1 - beta) steps and still gives theta_0 the init share beta^t.
 Measured after 4,000 steps, three seeds: the Fréchet distance to the data is 16 ± 6 with raw
 weights, 2.8 ± 1.0 with decay 0.99 and 2.9 ± 1.0 with 0.999. The network learns to undo
 x_t = alpha_t x0 + sigma_t eps (Ho et al. 2020, arXiv:2006.11239); the same noise is then turned
-into images by raw and averaged weights. The sections EMA, Noise schedules and UNet each run when
-pasted alone into an empty file.
+into images by raw and averaged weights. The sections EMA, Noise schedules and UNet run alone.
 """
 
 # ==== EMA =========================================================================================
@@ -216,7 +210,7 @@ class EMA:
         self.step = state["step"]
 
 
-LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 13) for rung in range(14))  # 1 - decay: 0.1 to 5e-5
+LADDER = tuple(round(1 - 0.1 * 5e-4 ** (rung / 13), 5) for rung in range(14))  # 0.9 … 0.99995
 
 
 class EMABank(EMA):
@@ -403,8 +397,7 @@ class Diffusion:
     def sample(self, network, x, num_steps, eta=0.0, order=1, clip=None, generator=None):
         """Walk from noise x [B, ...] at t = T - 1 to data; yield (t, x_t, x0_hat), data at t = -1.
 
-        eta=0, order=1   DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12); on the flow path it is
-                         Euler's method
+        eta=0, order=1   DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12), Euler's method for flow
         eta=1, order=1   DDPM's ancestral sampler (eq. 6 and 7), also with fewer steps than T
         eta=0, order=2   DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2)
         clip             bound on |x0_hat|: 1 for images in [-1, 1], None for no bound
@@ -578,7 +571,6 @@ class UNet(nn.Module):
 # ==== Data ========================================================================================
 
 import argparse
-import csv
 import functools
 import gzip
 import json
@@ -609,40 +601,31 @@ DOWNLOADS = {  # name: {address: how the SHA-256 of its file begins}
 class Dataset:
     """Images [N, C, H, W] and labels [N] of num_modes values, 0 where all are the same.
 
-    Integers from 0 to 255 are pictures, which x0 scales to [-1, 1]; floats (latents,
-    representations) get mean 0 and standard deviation 1 in each channel. bound is the largest |x0|.
     train and held_out are positions: a fifth is held out, at most 4,096, always the same.
     """
 
     def __init__(self, images, labels=None):
         labels = np.zeros(len(images), int) if labels is None else labels
-        self.is_pictures, self.bound = images.dtype.kind in "iu", 1.0
-        low, top, dtype = (0, 255, np.uint8) if self.is_pictures else (-1e18, 1e18, np.float32)
-        if not (images.ndim == 4 and len(images) > 19 and low <= images.min() <= images.max() <= top
+        if not (images.ndim == 4 and len(images) > 19 and images.dtype.kind in "iu"
+                and 0 <= images.min() <= images.max() <= 255
                 and labels.shape == images.shape[:1] and labels.dtype.kind in "iuU"):
             raise ValueError(f"{images.dtype} images {images.shape}, {labels.dtype} labels "
                              f"{labels.shape}; needed are 20 or more [N, C, H, W] or [N, H, W, C], "
-                             "integers 0 to 255 or finite floats, labels [N]: integers or texts")
+                             "integers 0 to 255, labels [N]: integers or texts")
         _, a, b, c = images.shape  # channels are last if the others agree, or if they are fewest
         images = images.transpose(0, 3, 1, 2) if a == b != c or b != c < a else images
-        self.images = torch.from_numpy(np.array(images, dtype, order="C"))
-        if not self.is_pictures:
-            mean = self.images.mean((0, 2, 3), True, dtype=torch.float64)  # exact for equal values
-            scale = self.images.std((0, 2, 3), keepdim=True).clamp(min=1e-6)
-            self.images = (self.images - mean.float()) / scale
-            self.bound = self.images.abs().max().item()
+        self.images = torch.from_numpy(np.array(images, np.uint8, order="C"))
         values, labels = np.unique(labels, return_inverse=True)
         self.labels = torch.from_numpy(labels)
         self.num_modes = len(values) if len(values) > 1 else 0
-        # Without labels the classifier learns to tell quarter turns, or half ones, apart.
-        self.num_classes = self.num_modes or (4 if images.shape[2] == images.shape[3] else 2)
+        self.num_classes = self.num_modes or 2  # without labels: upright and upside down
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         self.held_out, self.train = order.tensor_split([min(len(order) // 5, 4096)])
 
     def x0(self, index, device="cpu"):
-        """Images as the network sees them, [B, C, H, W] float32; channels last: a fifth faster."""
+        """Images [B, C, H, W] float32 in [-1, 1]; channels last: a fifth faster."""
         x0 = self.images[index].to(device).float().contiguous(memory_format=torch.channels_last)
-        return (x0 - 127.5) / 127.5 if self.is_pictures else x0
+        return (x0 - 127.5) / 127.5
 
 
 def draw_glyphs(num_images):
@@ -678,17 +661,6 @@ def read_idx(folder, kind):
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(shape)
 
 
-def read_pictures(files):
-    """Images [N, H, W, C] of one size, grey among colour as colour; classes are their folders."""
-    images = []
-    for path in files:
-        with explained(f"--data {path}: "):
-            image = np.atleast_3d(matplotlib.image.imread(path))[:, :, :3]  # grey, colour; no alpha
-        peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max  # floats from PNG
-        images.append((image * (255 / peak)).round().astype(np.uint8))
-    return np.stack(np.broadcast_arrays(*images)), np.array([str(path.parent) for path in files])
-
-
 def read_data(source):
     """Images, and labels or None, behind --data; any failure is an exception of some kind."""
     if source == "glyphs":
@@ -712,8 +684,14 @@ def read_data(source):
             return file["images"], file.get("labels")
     pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in (
         ".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"))
-    if pictures:
-        return read_pictures(pictures)
+    images = []
+    for file in pictures:
+        with explained(f"--data {file}: "):
+            image = np.atleast_3d(matplotlib.image.imread(file))[:, :, :3]  # grey, colour; no alpha
+        peak = 1 if image.dtype.kind == "f" else np.iinfo(image.dtype).max  # floats from PNG
+        images.append((image * (255 / peak)).round().astype(np.uint8))  # [H, W, C]
+    if images:  # grey among colour becomes colour; classes are the folders
+        return np.stack(np.broadcast_arrays(*images)), np.array([str(f.parent) for f in pictures])
     images, labels = (read_idx(path, kind) for kind in ("images", "labels"))
     if images is None:
         raise ValueError(f"no data there; allowed are {SETTINGS['data'][1]}")
@@ -743,9 +721,8 @@ def train_classifier(net, data, num_steps=500, batch_size=128):
     for index in data.train[order].split(batch_size):
         x0, label = data.x0(index), data.labels[index]  # [B, C, H, W], [B]
         if not data.num_modes:
-            label = torch.arange(batch_size) % data.num_classes
-            turns = (label * (4 // data.num_classes)).tolist()
-            x0 = torch.stack([x.rot90(k, (1, 2)) for x, k in zip(x0, turns)])
+            label = torch.arange(batch_size) % 2
+            x0 = torch.where(label[:, None, None, None] == 1, x0.flip(2), x0)
         optimizer.zero_grad()
         F.cross_entropy(net.logits(net.features(x0)), label).backward()
         optimizer.step()
@@ -756,10 +733,8 @@ def frechet_distance(mean1, cov1, mean2, cov2):
     """|mean1 - mean2|² + tr(cov1 + cov2 - 2 (cov1 cov2)^½) of two Gaussians, float64 [D], [D, D].
 
     Heusel et al. 2017 (arXiv:1706.08500, eq. 6). The root's trace is that of the symmetric
-    (cov1^½ cov2 cov1^½)^½, whose eigenvalues are real. NaN where a covariance is not finite.
+    (cov1^½ cov2 cov1^½)^½, whose eigenvalues are real.
     """
-    if not (cov1.isfinite().all() and cov2.isfinite().all()):
-        return math.nan
     values, vectors = torch.linalg.eigh(cov1)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov2 @ root).clamp(min=0).sqrt().sum()
@@ -786,56 +761,47 @@ def manifold_share(features, reference, k=3):
     return torch.cat(inside)  # [N] bool
 
 
-def measure(features, probs, real, num_bootstrap=20):
-    """Every metric of samples with features [N, D] and class probabilities [N, K], and its spread.
+def measure(features, mode, real, num_bootstrap=20):
+    """Every metric of samples with features [N, D] that are read as modes [N], and its spread.
 
-    `real` holds what they are compared with: `moments`, `features` [M, D], what the `distance` is
-    called and, where the modes are known, their true `shares` [K]. NAME_sd is a standard deviation
-    over bootstrap resamples; one is how often it drew each row: every metric is a weighted sum.
+    `real` holds what they are compared with: `moments`, `features` [M, D] and, where the modes are
+    known, their true `shares` [K]. NAME_sd is a standard deviation over bootstrap resamples; one is
+    how often it drew each row: every metric is a weighted sum.
 
-    fd, fid        Fréchet distance            is    Inception Score, exp E KL(p(y|x) | p(y))
-    precision      share of samples within the manifold of the real features; recall: the reverse
-    With known modes also
-    tail_share     mass on the rarer half of the modes over its true mass
-    covered_modes  modes with more than a quarter of their true share
-    legible        share of images whose mode is read with probability above 0.9
-    modes          mass of each mode over its true mass: a list
+    fd          Fréchet distance
+    precision   share of samples within the manifold of the real features; recall: the reverse
+    tail_share  mass on the rarer half of the modes over its true mass, where modes are known
+    modes       mass of each mode over its true mass: a list
     """
     true, n, m, rows = real["shares"], len(features), len(real["features"]), []
-    p, mode = probs.double(), probs.argmax(1)  # [N, K], [N]
-    plogp = (p * p.clamp(min=1e-12).log()).sum(1)  # [N]
     precise = manifold_share(features, real["features"]).double()
     recalled = manifold_share(real["features"], features).double()
     generator = torch.Generator(features.device).manual_seed(0)
     for resample in range(num_bootstrap + 1):  # in the first, each row counts once
         drawn, drawn_real = (
-            torch.randint(size, (size,), device=p.device, generator=generator).bincount(
-                minlength=size).double() if resample else p.new_ones(size) for size in (n, m))
-        share, mean = mode.bincount(drawn, p.shape[1]) / n, drawn @ p / n  # [K]
-        row = {real["distance"]: frechet_distance(*moments(features, drawn), *real["moments"]),
-               "is": math.exp(drawn @ plogp / n - mean @ mean.clamp(min=1e-12).log()),
+            torch.randint(size, (size,), device=mode.device, generator=generator).bincount(
+                minlength=size).double() if resample else precise.new_ones(size) for size in (n, m))
+        row = {"fd": frechet_distance(*moments(features, drawn), *real["moments"]),
                "precision": (drawn @ precise).item() / n,
                "recall": (drawn_real @ recalled).item() / m}
         if true is not None:
             rare = true.argsort(descending=True)[len(true) // 2:]
-            row |= {"tail_share": (share[rare].sum() / true[rare].sum()).item(),
-                    "covered_modes": (share > true / 4).double().sum().item(),
-                    "legible": (drawn @ (probs.amax(1) > 0.9).double()).item() / n,
-                    "modes": (share / true).nan_to_num(posinf=0).tolist()}
+            share = mode.bincount(drawn, len(true)) / n  # [K]
+            row["tail_share"] = (share[rare].sum() / true[rare].sum()).item()
+            row["modes"] = (share / true).nan_to_num(posinf=0).tolist()
         rows.append(row)
     return rows[0] | {f"{name}_sd": np.std([row[name] for row in rows[1:]], 0, ddof=1).tolist()
                       for name in rows[0]}
 
 
 # ==== Rows ========================================================================================
-# A row is a dict of plain values: what is known of one set of weights at one step. `name` says
-# which weights: raw, "0.99" or "0.99 debiased" (or real: held-out images); `samples` how they were
-# used: "2048 by dpm++ in 24 steps", or "" for losses alone. (step, name, samples) is its key. Rows
-# live in metrics.jsonl and nowhere else; tables, pictures and reports see nothing but rows.
+# A row is a dict of plain values: what is known of one set of weights at one step. `name` is raw,
+# "0.99", "0.99 debiased" or real (held-out images); `samples` says how they were used, "2048 by
+# dpm++ in 24 steps", or "" for losses alone. (step, name, samples) is its key. Rows live in
+# metrics.jsonl and nowhere else; tables, pictures and reports see nothing but rows.
 
-IDEAL = {  # what each metric would best be; 1e6: the more the better
-    "fd": 0, "fid": 0, "is": 1e6, "precision": 1, "recall": 1, "tail_share": 1,
-    "covered_modes": 1e6, "legible": 1, "held_out_loss": 0}
+IDEAL = {"fd": 0, "precision": 1, "recall": 1, "tail_share": 1, "held_out_loss": 0}  # at best
+COLUMNS = "init_share", "fd", "precision", "recall", "tail_share"  # of a table of samples
 key_of = operator.itemgetter("step", "name", "samples")
 
 
@@ -843,11 +809,8 @@ key_of = operator.itemgetter("step", "name", "samples")
 def replacing(path):
     """Gives a temporary path, which takes the place of `path` when all went well."""
     temporary = path.with_name(f"tmp-{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    yield temporary
+    temporary.replace(path)
 
 
 def read_rows(folder):
@@ -858,49 +821,26 @@ def read_rows(folder):
         return {key_of(row): row for row in map(json.loads, lines)}
 
 
-def write_rows(folder, rows):
-    """metrics.jsonl, and results.csv for people: the rows, of what is a number or a text."""
-    with replacing(folder / "metrics.jsonl") as draft:
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = dict.fromkeys(["step", "name", "init_share", "samples"])
-    names |= {name: None for row in rows for name in row if not isinstance(row[name], list)}
-    path = folder / "results.csv"
-    with replacing(path) as draft, draft.open("w", newline="", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, names, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def known(rows):
-    """The metrics that are in any of the rows."""
-    return [metric for metric in IDEAL if any(metric in row for row in rows)]
-
-
 def cost(row, metric):
     """How far a metric is from its ideal; what is not known comes last, and real images do."""
     miss = abs(row.get(metric, math.nan) - IDEAL[metric])
     return math.inf if math.isnan(miss) or row.get("name") == "real" else miss
 
 
-def best(rows, metric):
-    return min(rows, key=lambda row: cost(row, metric))
-
-
 def settled(log):
-    """The last rows of the log, and how the held-out loss of each set of weights settled.
+    """Yields the last rows of the log, and how the held-out loss of their weights settled.
 
     wobble: its standard deviation about a line over the last quarter of the steps, from successive
     differences (von Neumann 1941). reached: the first step not above raw's mean in that quarter.
     """
-    rows, last, level = [], log[-1]["step"], math.nan
+    last, level = log[-1]["step"], math.nan
     for row in [row for row in log if row["step"] == last]:  # raw is the first of them
         losses = {r["step"]: r["held_out_loss"] for r in log if r["name"] == row["name"]}
         late = [loss for step, loss in losses.items() if step >= 0.75 * last]
         level = np.mean(late) if row["name"] == "raw" else level
         wobble = np.std(np.diff(late)).item() / 2**0.5 if len(late) > 2 else None
         reached = min((step for step, loss in losses.items() if loss <= level), default=None)
-        rows.append(row | {"wobble": wobble, "reached": reached})
-    return rows
+        yield row | {"wobble": wobble, "reached": reached}
 
 
 def cell(row, field):
@@ -914,29 +854,23 @@ def cell(row, field):
     return "-" if value is None else str(value)
 
 
-def print_table(lines, keys=2):
-    """Prints texts as Markdown; what goes beyond 120 columns comes below, after the same `keys`."""
-    widths = [max(3, *map(len, column)) for column in zip(*lines)]
-    fit = max(keys + 1, np.searchsorted(np.cumsum([width + 3 for width in widths]), 120))
-    print()
-    for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
-        print("| " + " | ".join(map(str.ljust, line[:fit], widths)) + " |")
-    if fit < len(widths):
-        print_table([[*line[:keys], *line[fit:]] for line in lines], keys)
-
-
-def print_rows(rows, fields, keys=("step", "name")):
-    """A table; bold, of rows that differ in the last key: the best, and what both spreads allow."""
-    fields = *keys, *fields
+def print_rows(rows, fields=COLUMNS, keys=("step", "name")):
+    """Markdown. Bold: the best of rows that differ in the last key, and all within both spreads."""
+    fields = [*keys, *(field for field in fields if any(field in row for row in rows))]
     lines = [[cell(row, field) for field in fields] for row in rows]
     for row, line in zip(rows, lines):
         peers = [peer for peer in rows if all(peer[key] == row[key] for key in keys[:-1])]
-        for metric in IDEAL.keys() & fields:
-            first, column = best(peers, metric), fields.index(metric)
+        for metric in IDEAL.keys() & {*fields}:
+            first = min(peers, key=lambda row: cost(row, metric))
             spread = math.hypot(*(peer.get(f"{metric}_sd", 0) for peer in (first, row)))
             if cost(row, metric) <= cost(first, metric) + spread < math.inf:
-                line[column] = f"**{line[column]}**"
-    print_table([[field.replace("_", " ") for field in fields], *lines], len(keys))
+                line[fields.index(metric)] = f"**{cell(row, metric)}**"
+    lines.insert(0, [field.replace("_", " ") for field in fields])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    print()
+    for line in lines:
+        print("| " + " | ".join(map(str.ljust, line, widths)) + " |")
 
 
 # ==== The run =====================================================================================
@@ -949,14 +883,6 @@ INIT, TRAIN, SAMPLE = range(3)  # streams of random numbers
 CANDIDATES = (  # what --decay auto chooses from: the ladder's range, in round numbers
     "0.9", "0.93", "0.95", "0.97", "0.98", "0.99", "0.993", "0.995", "0.997", "0.998", "0.999",
     "0.9993", "0.9995", "0.9997", "0.9998", "0.9999", "0.99993", "0.99995")
-
-
-def show(text, keep=True):
-    """Prints a line that stays (keep=True), only in logs (None) or passes on terminals (False)."""
-    live = sys.stdout.isatty()
-    stays = keep or (keep is None and not live)
-    if (live or stays) and os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-        print("\r\033[K" * live + text, end="\n" if stays else "", flush=True)
 
 
 @contextlib.contextmanager
@@ -982,15 +908,8 @@ def read_checkpoint(path):
         return {"settings": {}, "step": 0}
     with path.open("rb") as file, contextlib.suppress(Exception):  # garbage may fail in any way
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in (*PARTS, "running", "step", "settings")}
+        return {name: state[name] for name in (*PARTS, "step", "settings")}
     raise ValueError(f"{path} is no checkpoint of this program: delete it, or choose another --out")
-
-
-def sketch(moved, size=64):
-    """Count sketch of θ - θ_0 [P] (Charikar et al. 2002): it keeps distances to about 9%."""
-    signs = 2 * torch.randint(2, moved.shape, generator=torch.Generator().manual_seed(0)) - 1
-    folded = F.pad(moved * signs.to(moved), (0, -len(moved) % size)).view(-1, size).sum(0)
-    return [float(f"{value:.6g}") for value in folded.tolist()]
 
 
 class Run:
@@ -1021,25 +940,22 @@ class Run:
         self.diffusion = Diffusion(s.schedule, s.objective)
         self.optimizer = torch.optim.Adam(self.model.parameters(), s.lr, fused=True)
         self.ema, self.initial = EMABank(self.model, s.tracked), self.vector()
-        self.running = torch.zeros(3, device=self.device)  # loss, gradient norm, steps since a log
         self.rows = read_rows(self.out)
         self.held_out_loss(1)  # what would fail later fails now: do the shapes fit?
         torch.empty(s.batch_size, *data.images.shape[1:])  # is there room for a batch?
-        probe = EMABank(nn.Linear(1, 1), s.tracked)
-        for probe.step in s.stage_steps:
-            for decay in s.shown:
-                probe.error_bound(decay)  # can it be read there?
+        torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
+        self.classifier = make_classifier(channels, data.num_classes).to(self.device)
         if s.features:
             with explained(f"--features {s.features}: "):
-                self.extractor = torch.jit.load(s.features, map_location=self.device).eval()
-                self.extract(data.x0(data.train[:2], self.device))
-        torch.manual_seed(0)  # of the classifier: it is the same for every seed and method
-        self.classifier = make_classifier(channels, data.num_classes)
+                extractor = torch.jit.load(s.features, map_location=self.device).eval()
+                wanted = {"return_features"} & {a.name for a in extractor.forward.schema.arguments}
+                self.extractor = functools.partial(extractor, **dict.fromkeys(wanted, True))
+                self.features("real", 2)  # does it take these images?
         if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
-            show("training the classifier whose features the metrics use", keep=None)
-            train_classifier(self.classifier, data)
+            self.out.mkdir(parents=True, exist_ok=True)
+            print("training the classifier whose features the metrics use")
+            train_classifier(self.classifier.cpu(), data)
         self.classifier.to(self.device).eval()
-        self.out.mkdir(parents=True, exist_ok=True)
 
     def vector(self):
         """All weights that the model has at the moment, [P]."""
@@ -1064,17 +980,13 @@ class Run:
         share = (part.tensor_split(self.world)[self.rank] for part in (x0, t, eps))
         loss = self.diffusion.loss(self.network, *share).sum() / s.batch_size
         (loss * self.world).backward()  # gradients are averaged over the processes, not summed
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         warm = min(1, (self.step + 1) / s.warmup)
         cool = min(1, (s.steps - self.step) / max(s.cooldown * s.steps, 1))
         self.optimizer.param_groups[0]["lr"] = s.lr * warm * cool
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update()
-        loss = loss.detach()
-        if self.world > 1:
-            torch.distributed.all_reduce(loss)
-        self.running += torch.stack([loss, norm, torch.ones_like(loss)])
         self.step += 1
 
     def train(self, until):
@@ -1091,15 +1003,11 @@ class Run:
             if (logs or saves) and not math.isfinite(self.held_out_loss(1)):
                 raise ValueError(f"training diverged before step {self.step}; try a lower --lr")
             if logs:
-                raw, *_ = self.complete(self.names(self.ema.decays), "")
+                raw, *_ = self.complete(self.ema.decays)
                 if self.step > first:
-                    speed = (self.step - first) / (time.perf_counter() - start)
-                    show(f"step {self.step}/{s.steps}  loss {raw['loss']:.4f}  "
-                         f"{speed * s.batch_size:.0f} images/s  "
-                         f"{(s.steps - self.step) / speed / 60:.1f} min left",
-                         keep=self.step == s.steps or None)
-            if self.step % s.log_every == 0:  # else the run may go on, with the same means
-                self.running.zero_()
+                    took = (time.perf_counter() - start) / (self.step - first)
+                    print(f"step {self.step}/{s.steps}, held-out loss {raw['held_out_loss']:.4f}, "
+                          f"{(s.steps - self.step) * took / 60:.1f} min left")
             if saves:
                 self.save(last)
             if ends:
@@ -1108,27 +1016,22 @@ class Run:
 
     def save(self, path):
         state = {name: getattr(self, name).state_dict() for name in PARTS}
-        state |= {"step": self.step, "running": self.running, "settings": vars(self.settings)}
+        state |= {"step": self.step, "settings": vars(self.settings)}
         if self.rank == 0:
-            with replacing(path) as temporary:
+            with explained(f"{path} cannot be written: "), replacing(path) as temporary:
                 torch.save(state, temporary)
         if self.world > 1:
             torch.distributed.barrier()
 
     def load(self, path):
         state, ours = read_checkpoint(path), vars(self.settings)
-        for key in FIXED:
+        for key in (*FIXED, *["steps"] * (ours["cooldown"] > 0)):
             if state["settings"][key] != ours[key]:
                 raise ValueError(f"the run in {self.out} has {key} {state['settings'][key]}, not "
                                  f"{ours[key]}; leave that out, or choose another --out")
         for part in PARTS:
             getattr(self, part).load_state_dict(state[part])
-        self.step, self.running = state["step"], state["running"].to(self.device)
-
-    def names(self, decays):
-        """raw and these averages, debiased as well where the initial weights weigh anything."""
-        return ["raw", *(decay + ending for decay in decays for ending in ("", " debiased")
-                         if ending == "" or self.ema.init_share(decay) > 1e-3)]
+        self.step = state["step"]
 
     def weights(self, name):
         """The model has these weights inside the with block."""
@@ -1157,29 +1060,19 @@ class Run:
                 noise = torch.randn(shape, generator=generator, device=device)
                 *_, (_, x0, _) = self.diffusion.sample(
                     self.network, noise.contiguous(memory_format=torch.channels_last),
-                    s.sample_steps, generator=generator, clip=data.bound, **SAMPLERS[s.sampler])
-                stored = ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # as an image
-                yield stored if data.is_pictures else x0
-
-    def extract(self, x0):
-        """Features [B, D] of x0 [B, C, H, W] by the network in --features, TorchScript."""
-        images = ((x0 + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
-        wanted = {"return_features"} & {a.name for a in self.extractor.forward.schema.arguments}
-        features = self.extractor(images, **dict.fromkeys(wanted, True)).float()  # as Inception's
-        fits = features.shape == (len(x0), features.shape[-1]) and features.isfinite().all()
-        if not (fits and self.data.is_pictures):
-            raise ValueError(f"it makes {list(features.shape)} of {len(x0)} images; needed are "
-                             "pictures, and finite [B, D] of them")
-        return features
+                    s.sample_steps, generator=generator, clip=1.0, **SAMPLERS[s.sampler])
+                yield ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # stored as an image
 
     def features(self, name, count):
-        """Features [N, D] and class probabilities [N, K] of `images`."""
+        """Features [N, D] of `images`, and the modes [N] that they are read as."""
         pairs = []
         for x0 in self.images(name, count):
-            own = self.classifier.features(x0)
-            probs = self.classifier.logits(own).softmax(1)
-            pairs.append((self.extract(x0) if self.settings.features else own, probs))
-            show(f"step {self.step}, {name}: batch {len(pairs)}", keep=False)
+            features = self.classifier.features(x0)
+            mode = self.classifier.logits(features).argmax(1)
+            if self.settings.features:  # of a network for colour pictures
+                pictures = ((x0 + 1) * 127.5).round().to(torch.uint8).expand(-1, 3, -1, -1)
+                features = self.extractor(pictures).float().flatten(1)
+            pairs.append((features, mode))
         return [torch.cat(parts) for parts in zip(*pairs)]
 
     @functools.cached_property
@@ -1190,15 +1083,16 @@ class Run:
         once = torch.ones(len(features), dtype=torch.float64, device=self.device)
         seen = data.labels[data.train].bincount(minlength=data.num_classes).to(once)  # some never
         shares = seen / len(data.train) if data.num_modes else None
-        return {"distance": "fid" if self.settings.features else "fd", "shares": shares,
-                "moments": moments(features, once), "features": features[:count]}
+        return {"shares": shares, "moments": moments(features, once), "features": features[:count]}
 
     def measured(self, name, samples):
         """The row of some weights: their losses and distances, and how good their samples are."""
         s, decay = self.settings, name.removesuffix(" debiased")
         row = {"step": self.step, "name": name, "samples": samples, "decay": decay,
                "debiased": decay != name}
-        if name not in ("raw", "real"):
+        if name == "raw":
+            row["horizon"] = 1.0
+        elif name != "real":
             row["init_share"] = self.ema.init_share(decay)
         if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
             log = log_decays(decay, 1, 1).item()
@@ -1208,21 +1102,18 @@ class Run:
             raw = self.vector()
             with self.weights(name):
                 loss, now = self.held_out_loss(), self.vector()
-            row |= {"held_out_loss": loss, "sketch": sketch(now - self.initial),
-                    "distance_initial": (now - self.initial).norm().item(),
-                    "distance_raw": (now - raw).norm().item()}
+            row |= {"held_out_loss": loss, "distance_raw": (now - raw).norm().item(),
+                    "distance_initial": (now - self.initial).norm().item()}
         if samples:
             row |= measure(*self.features(name, s.num_samples), self.reference)
-        if name == "raw":
-            loss, norm, count = self.running.tolist()
-            row["horizon"] = 1.0
-            row |= {"loss": loss / count, "grad_norm": norm / count} if count else {}
         return row
 
     @torch.no_grad()
-    def complete(self, names, samples):
-        """The rows of these weights; each process measures one of those that lack at a time."""
-        names, start = list(dict.fromkeys(names)), time.perf_counter()
+    def complete(self, decays, samples=""):
+        """The rows of raw and averaged weights; each process measures one that lacks at a time."""
+        names, start = ["real", "raw"] if samples else ["raw"], time.perf_counter()
+        for decay in decays:
+            names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
         lacking = [name for name in names if (self.step, name, samples) not in self.rows]
         self.model.eval()
         for i in range(0, len(lacking), self.world):
@@ -1231,35 +1122,36 @@ class Run:
                 torch.distributed.all_gather_object(rows, rows[0])
             self.rows |= {key_of(row): row for row in rows}
             if self.rank == 0:
-                write_rows(self.out, self.rows.values())
-            done = min(i + self.world, len(lacking))
-            left = (time.perf_counter() - start) / done * (len(lacking) - done) / 60
-            if samples:
-                show(f"step {self.step}, {samples}: {done} of {len(lacking)} rows, "
-                     f"{left:.1f} min left", keep=done == len(lacking) or None)
+                with replacing(self.out / "metrics.jsonl") as draft:
+                    draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
+            left = (time.perf_counter() - start) * (len(lacking) / (i + len(rows)) - 1) / 60
+            for row in rows if samples else ():
+                print(f"step {self.step}, {row['name']}: Fréchet distance {cell(row, 'fd')}, "
+                      f"{max(left, 0):.1f} min left")
         return [self.rows[self.step, name, samples] for name in names]
 
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
         s = self.settings
-        _, *averages = self.complete(self.names(CANDIDATES), "")
-        chosen, before = best(averages, "held_out_loss")["name"], len(self.rows)
-        names = ["real", *self.names(s.shown)] + [chosen] * ("auto" in s.decay)
-        rows = self.complete(names, s.samples)
+        _, *averages = self.complete(CANDIDATES)
+        first = min(averages, key=lambda row: cost(row, "held_out_loss"))["decay"]
+        rows = self.complete(dict.fromkeys(s.shown + [first] * ("auto" in s.decay)), s.samples)
         if self.rank == 0:
             images = [x0 for row in rows for x0 in self.images(row["name"], 8)]
             plot_samples(self.out / "samples.png", rows, images)
-            if len(self.rows) > before and self.step < s.stage_steps[-1]:
-                print_rows(rows, known(rows))
+            if self.step < s.stage_steps[-1]:
+                print_rows(rows)
 
 
 # ==== Pictures and reports ========================================================================
 
 NAMES = {"fd": "Fréchet distance", "horizon": "decay (0: raw weights)", "step": "training step",
-         "tail_share": "rare modes: mass / true mass", "held_out_loss": "held-out loss"}
-STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.formatter.min_exponent": 4,
-         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-         "savefig.bbox": "tight"}
+         "tail_share": "rare modes: mass / true mass", "held_out_loss": "held-out loss",
+         "distance_initial": "distance from initial weights", "distance_raw": "from raw weights"}
+PANELS = {"fd": "How far samples are from the data", "held_out_loss": "The loss that auto goes by",
+          "precision": "Quality: the share of samples that look real",
+          "recall": "Variety: the share of real images within reach",
+          "tail_share": "Whether rare modes starve"}  # of sweep.png
 
 
 def draw_panel(axis, title, rows, x, y, by):
@@ -1272,9 +1164,8 @@ def draw_panel(axis, title, rows, x, y, by):
     groups = dict.fromkeys(row[by] for row in shown)
     ramp = matplotlib.colormaps["YlGnBu"](np.linspace(0.95, 0.4, len(groups)))
     color = dict(zip(reversed(groups), ramp)) | {"raw": "black"}
-    # In a dashed line debiased rows take the place of plain ones.
     for group, debiased in dict.fromkeys((row[by], row["debiased"]) for row in shown):
-        line = {(row["step"], row["decay"]): row for row in shown
+        line = {(row["step"], row["decay"]): row for row in shown  # debiased ones replace plain
                 if row[by] == group and row["debiased"] <= debiased}.values()
         across, value, spread = ([row.get(name, 0) for row in line] for name in (x, y, f"{y}_sd"))
         axis.errorbar(across, value, spread, fmt=".--" if debiased else ".-", color=color[group],
@@ -1292,7 +1183,7 @@ def draw_panel(axis, title, rows, x, y, by):
         axis.tick_params(side, which="both", rotation=60 if side == "x" else 0)
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.rc_context({"axes.grid": True, "grid.alpha": 0.25, "axes.formatter.min_exponent": 4})
 def draw(path, title, panels):
     """A picture of panels, three in a row; those without a value are left out."""
     panels = [panel for panel in panels if any(panel[3] in row for row in panel[1])]  # has it y?
@@ -1304,133 +1195,84 @@ def draw(path, title, panels):
     figure.savefig(path)
 
 
-def plot_curves(path, title, rows):
-    """curves.png: the held-out losses of the log, and where raw and averaged weights went."""
-    plain = [row for row in rows if not row["debiased"]]
-    u, s, _ = np.linalg.svd([row["sketch"] for row in plain], full_matrices=False)  # of [rows, 64]
-    axes = "most varied direction", "second direction"
-    plain = [row | dict(zip(axes, point)) for row, point in zip(plain, u * s)]
-    late = [row for row in rows if row["step"] >= 0.75 * rows[-1]["step"]]
-    top = 1.2 * max(row["held_out_loss"] for row in late if row["name"] == "raw")
-    late = [r | {"held_out_loss": math.nan} if r["held_out_loss"] > top else r for r in late]
-    draw(path, title, [
-        ("Which weights predict held-out images best", rows, "step", "held_out_loss", "decay"),
-        ("The same in the last quarter", late, "step", "held_out_loss", "decay"),
-        ("Where the weights went, in a plane", plain, *axes, "decay")])
-
-
-def plot_sweep(path, title, rows):
-    """sweep.png: the metrics against the decay, a line a stage, and each stage's best decay."""
-    panels, leaders, stages = [], [], {row["step"] for row in rows if row["samples"]}
-    for shift, (metric, sentence) in enumerate((
-            (known(rows)[0], "How far samples are from the data"),
-            ("precision", "Quality: the share of samples that look real"),
-            ("recall", "Variety: the share of real images within reach"),
-            ("tail_share", "Whether rare modes starve"),
-            ("held_out_loss", "The loss that --decay auto goes by"))):
-        # Averages that are mostly the initial weights would stretch a linear axis and show noise.
-        shown = [row for row in rows if row["step"] in stages and metric in row
-                 and (IDEAL[metric] == 0 or row["debiased"] or row.get("init_share", 0) < 0.1)]
-        panels.append((sentence, shown, "horizon", metric, "step"))
-        for step in {row["step"] for row in shown}:
-            first = best([r for r in shown if r["step"] == step and "horizon" in r], metric)
-            leaders.append(first | {"metric": metric, "debiased": False,
-                                    "horizon": first["horizon"] * 1.04**shift})  # side by side
-    panels.append(("The best decay at each stage", leaders, "step", "horizon", "metric"))
-    draw(path, title, panels)
-
-
-@matplotlib.rc_context(STYLE)
 def plot_samples(path, rows, images):
-    """samples.png: the distance along the decays; a line of images x0 [8, C, H, W] for each row."""
-    metric, raw = known(rows)[0], next(row for row in rows if row["name"] == "raw")
-    figure = Figure(figsize=(13, max(4.4, 0.62 * len(rows) + 0.6)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
-    axis = left.subplots()
-    axis.axhline(raw[metric], color="black", label="raw weights")
-    draw_panel(axis, "What the decay does", rows, "horizon", metric, "step")
-    axis.legend(title="training step\n(dashed: debiased)")  # inside: here there is room
-    right.suptitle(f"Step {raw['step']}: the same noise through each set of weights")
-    for axis, row, x0 in zip(right.subplots(len(rows)), rows, images):
-        x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # latents: a channel
+    """samples.png: for each row, x0 [8, C, H, W] of the same noise."""
+    figure = Figure(figsize=(7.4, 0.62 * len(rows) + 0.6), layout="constrained")
+    figure.suptitle(f"Step {rows[0]['step']}, {rows[0]['samples']}: the same noise in each row")
+    for axis, row, x0 in zip(figure.subplots(len(rows)), rows, images):
+        x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # colour or grey
         strip = F.pad((x0 + 1) / 2, (0, 1), value=1.0).clamp(0, 1)  # white in between
         strip = strip.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()  # [H, 8 (W + 1), 3]
         axis.imshow(strip, interpolation="nearest")
         axis.set(xticks=[], yticks=[], frame_on=False)
-        text = f"{row['name']}\n{NAMES.get(metric, metric)} {cell(row, metric)}"
-        if row.get("init_share", 0) > 1e-3 and not row["debiased"]:
-            text += f"\ninitial weights {row['init_share']:.0%}"
+        text = f"{row['name']}\nFréchet distance {cell(row, 'fd')}"
+        text += f"\ninit share {cell(row, 'init_share')}" if "init_share" in row else ""
         axis.set_ylabel(text, rotation=0, ha="right", va="center")
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
-def pool(runs):
-    """Rows that all runs have, by step: means and standard deviations over them, if several."""
-    (settings, first), *others = runs
-    pooled = [dict(row) for key, row in first.items() if row["samples"] in ("", settings["samples"])
-              and all(key in rows for _, rows in others)]
-    for row in pooled if others else ():
-        peers = [rows[key_of(row)] for _, rows in runs]
-        for name in known(peers):
-            values = [peer.get(name, math.nan) for peer in peers]
-            row |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
-    return sorted(pooled, key=operator.itemgetter("step"))
+def pool(rows):
+    """One row of several seeds' rows of one key: means and standard deviations over them."""
+    pooled = dict(rows[0])
+    for name in IDEAL.keys() & pooled if len(rows) > 1 else ():
+        values = [row.get(name, math.nan) for row in rows]
+        pooled |= {name: np.mean(values).item(), f"{name}_sd": np.std(values, ddof=1).item()}
+    return pooled
 
 
 def report(runs, out):
-    """Tables and pictures of runs, (settings, {key: row}); ValueError where they have no ranking.
+    """Tables and pictures of runs, (settings, {key: row}).
 
     Those that differ in their seed are one method, whose table has means and spreads over seeds.
     Several methods are ranked at each decay, and each at its best one.
     """
-    methods, places = {}, {}  # {method: {seed: run}}, {(step, name): rows of the methods}
+    seeds, peers, stages = {}, {}, {}  # of a method; rows by method, key, seed; by method, step
     differ = [name for name in (*FIXED, "steps", "samples") if name != "seed"
               and len({str(settings[name]) for settings, _ in runs}) > 1]
-    if "data" in differ:
-        raise ValueError("runs on different data have no ranking; give them to --report apart")
     for settings, rows in runs:
-        method = ", ".join(f"{name} {settings[name]}" for name in differ)
-        seeds = methods.setdefault(method, {})
-        if settings["seed"] in seeds:
-            raise ValueError(f"two runs have the same settings and seed {settings['seed']}")
-        seeds[settings["seed"]] = settings, rows
+        method, seed = ", ".join(f"{name} {settings[name]}" for name in differ), settings["seed"]
+        seeds.setdefault(method, set()).add(seed)
+        for key, row in rows.items():
+            if row["samples"] == settings["samples"]:
+                peers.setdefault((method, *key), {})[seed] = row | {"method": method}
+    table = [pool([*rows.values()]) for (method, *_), rows in peers.items()
+             if rows.keys() == seeds[method]]
+    table.sort(key=operator.itemgetter("step"))
+    for row in table:
+        stages.setdefault((row["method"], row["step"]), []).append(row)
+    leaders = [min(rows, key=lambda row: cost(row, metric)) | {"metric": metric, "debiased": False}
+               for rows in stages.values() for metric in IDEAL if metric in rows[-1]]
+    if not {*seeds} == {row["method"] for row in table}:
+        raise ValueError("runs that differ in their seed have no row of samples in common")
     out.mkdir(parents=True, exist_ok=True)
-    for number, (method, seeds) in enumerate(methods.items(), 1):
-        rows = pool([*seeds.values()])
-        table = [row for row in rows if row["samples"]]
-        if not table:
-            raise ValueError("these runs have no row of samples in common")
-        metrics = known(table)
-        spread = f"{len(seeds)} seeds" if len(seeds) > 1 else "bootstrap resamples"
-        title = f"{method or table[0]['samples']}; ± over {spread}"
+    for number, method in enumerate(seeds, 1):
+        rows, ahead = ([r for r in group if r["method"] == method] for group in (table, leaders))
+        spread = f"{len(seeds[method])} seeds" if len(seeds[method]) > 1 else "bootstrap resamples"
+        title = "; ".join(filter(None, (method, rows[0]["samples"], f"± over {spread}")))
         print(f"\n{title}")
-        print_rows(table, ["horizon", "init_share", *metrics])
-        plot_sweep(out / f"sweep{f'-{number}' if differ else ''}.png", title, rows)
-        for step in dict.fromkeys(row["step"] for row in table):
-            peers = [row for row in table if row["step"] == step and row["name"] != "real"]
-            ahead = {"step": step, "name": "best decay"}
-            for metric in metrics:
-                first = best(peers, metric)
-                ahead |= {key: first[key] for key in (metric, f"{metric}_sd") if key in first}
-            for row in (ahead, *peers):
-                places.setdefault((step, row["name"]), []).append(row | {"method": method})
+        print_rows(rows)
+        # Averages that are mostly the initial weights would stretch a linear axis and show noise.
+        moved = [row for row in rows if row["debiased"] or row.get("init_share", 0) < 0.1]
+        draw(out / f"sweep{f'-{number}' if differ else ''}.png", title, [
+            *((sentence, moved if IDEAL[metric] else rows, "horizon", metric, "step")
+              for metric, sentence in PANELS.items()),
+            ("The best decay at each stage", ahead, "step", "horizon", "metric")])
     if differ:
-        print("\nThe methods at each decay, and each at its best one")
-        ranked = [row for rows in places.values() if len(rows) > 1 for row in rows]
-        metrics = known(ranked)
-        print_rows(ranked, metrics, ("step", "name", "method"))
+        print("\nThe methods at each decay, and each at its best one by distance")
+        ahead = [row | {"name": "best decay"} for row in leaders if row["metric"] == "fd"]
+        ranked = sorted(table + ahead, key=operator.itemgetter("step", "name"))
+        print_rows(ranked, COLUMNS[1:], ("step", "name", "method"))
         draw(out / "report.png", "The methods beside each other", [
-            (f"Step {step}", [row for row in ranked if row["step"] == step], "horizon", field,
-             "method") for step in sorted({row["step"] for row in ranked})
-            for field in (metrics[0], "precision", "tail_share")])
+            (f"Step {step}", [row for row in table if row["step"] == step], "horizon", field,
+             "method") for step in sorted({row["step"] for row in table})
+            for field in ("fd", "precision", "tail_share")])
 
 
 # ==== Command line ================================================================================
 
 SETTINGS = {  # flag: (default, what it is, (from, to) or the names that it may be or its reader)
-    "decay": (["0.999"], ("EMA decays, with commas: 0 to 1; step, the plain mean; ramp:0.9999; "
-               "halflife:2000 (steps); power:0.10 (sigma_rel); sweep, ten from 0.5 to 0.999999; "
-               "auto, that of the lowest held-out loss at each stage"),
+    "decay": (["0.999"], ("0 to 1, with commas; step: the plain mean; ramp:0.9999; halflife:2000; "
+               "power:0.10 (sigma_rel); sweep: ten to 0.999999; auto: of the lowest held-out loss"),
               lambda item: item if item in ("auto", "sweep") else parse_decay(item)),
     "data": ("glyphs", "glyphs, mnist, fashion, cifar10; folder of idx files or images; .npz", str),
     "out": ("", "folder for all that a run leaves; if empty, runs/ and the data's name", str),
@@ -1447,9 +1289,9 @@ SETTINGS = {  # flag: (default, what it is, (from, to) or the names that it may 
     "num_samples": (2048, "samples per row of the table", (16, 10**8)),
     "save_every": (500, "steps between checkpoints", (1, 10**8)),
     "log_every": (100, "steps between rows of the log", (1, 10**8)),
-    "features": ("", "TorchScript file, uint8 [N, 3, H, W] to features: fid instead of fd", str),
+    "features": ("", "TorchScript file, uint8 [N, 3, H, W] to the features of the metrics", str),
     "preset": ("small", "cifar10: the DDPM paper's network and training", ("small", "cifar10")),
-    "report": ((), "finished runs (folders) to compare; goes with --out alone", Path),
+    "report": ((), "finished runs (folders) to compare, in --out", Path),
 }
 PRESETS = {
     "small": {"warmup": 100, "flip": False, "logit_normal": True, "network": {}},  # for a CPU
@@ -1506,57 +1348,47 @@ def resolve(given):
     if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
     s = argparse.Namespace(**settings | run | given | {"out": str(out)})
-    if run and os.path.realpath(s.data) == os.path.realpath(run["data"]):
-        s.data = run["data"]  # in another spelling
     s.decay = list(dict.fromkeys(",".join(s.decay).replace("sweep", SWEEP).split(",")))
     s.shown = [decay for decay in s.decay if decay != "auto"]
     s.tracked = run.get("tracked", s.shown)
     s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
     s.samples += f", features {s.features}" if s.features else ""
-    if s.steps < reached or (run.get("cooldown") and s.steps != run["steps"]):
-        raise ValueError(f"--steps {s.steps}: the run in {out} has come to {reached} of "
-                         f"{run['steps']} steps" + ", with a cooldown" * (run["cooldown"] > 0))
     steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
     s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
     if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
-        raise ValueError(f"{out} kept no checkpoint at a step of {steps}; first set --stages")
+        raise ValueError(f"{out} is at step {reached} and kept no checkpoint of {steps}")
     return s
-
-
-def finished(folder):
-    """[(settings, {key: row})] of a finished run, one for each kind of samples; or ValueError."""
-    rows, run = read_rows(folder), read_checkpoint(folder / "last.pt")
-    if not rows or run["step"] < run["settings"].get("steps", math.inf):
-        raise ValueError(f"{folder} holds no finished run; give what --out named")
-    settings = run["settings"] | {"data": os.path.basename(run["settings"]["data"])}
-    kinds = dict.fromkeys(row["samples"] for row in rows.values() if row["samples"])
-    return [(settings | {"samples": samples}, rows) for samples in kinds]
 
 
 @explained()
 def main(argv):
     given = read_flags(SETTINGS, __doc__, argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # any name, at once
     if folders := given.pop("report", None):
-        if given.keys() - {"out"}:
-            raise ValueError("--report goes with --out alone")
-        runs = [run for folder in folders for run in finished(folder)]
+        strange = [*given.keys() - {"out"}, *(f for f in folders if not (f / "last.pt").exists())]
+        if strange:
+            raise ValueError(f"--report takes folders of runs, and --out: not {strange[0]}")
+        runs = [(read_checkpoint(f / "last.pt")["settings"], read_rows(f)) for f in folders]
         return report(runs, Path(given.get("out") or "runs/report"))
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = None  # of several processes one speaks
     run = Run(resolve(given))
-    s, data = run.settings, run.data
-    show(f"{s.data}: {len(data.train):,} training and {len(data.held_out):,} held-out images "
-         f"{s.data_shape[1:4]}, {data.num_modes or 'no'} modes\n{s.steps:,} steps of "
-         f"{s.batch_size} images, {s.objective} on the {s.schedule} path, {len(run.initial):,} "
-         f"weights on {run.world} x {run.device.type}, seed {s.seed}\n{s.samples}; all in {s.out}")
+    s = run.settings
+    print(f"{s.data}: {len(run.data.train):,} training images {s.data_shape[1:4]}, "
+          f"{run.data.num_modes or 'no'} modes; {len(run.initial):,} weights on {run.world} x "
+          f"{run.device}\n{s.steps:,} steps of {s.batch_size} images, {s.objective} on the "
+          f"{s.schedule} path, seed {s.seed}; {s.samples}; all in {s.out}")
     for step in s.stage_steps:
         run.train(step)
         run.evaluate()
     run.train(s.steps)
     if run.rank == 0:
-        log = [row for row in run.rows.values()
-               if not row["samples"] and row["decay"] in ("raw", *s.tracked)]
-        plot_curves(run.out / "curves.png", s.data, log)
-        print_rows(settled(log), ["held_out_loss", "wobble", "reached", "distance_initial",
+        log = [row for row in run.rows.values() if not row["samples"] and row["step"] <= run.step
+               and row["decay"] in ("raw", *s.tracked)]
+        draw(run.out / "curves.png", s.data, [
+            ("Which weights predict held-out images best", log, "step", "held_out_loss", "decay"),
+            ("Where the weights went", log, "distance_initial", "distance_raw", "decay")])
+        print_rows([*settled(log)], ["held_out_loss", "wobble", "reached", "distance_initial",
                                   "distance_raw"])
         report([(vars(s), run.rows)], run.out)
 

@@ -20,7 +20,7 @@ An MLP F learns D, as the tree's authors do it, in the preconditioning of Karras
     c_in = (σ² + σd²)^-½,    c_out = σ σd c_in,    loss |D - target|² / c_out².
 """
 
-import contextlib  # noqa: I001  (the last of these would be wrapped at 88)
+import contextlib
 import functools
 import itertools
 import math
@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from numba import njit, prange, types
 from numba.extending import overload
 
-from ddpm_ema import EMA, explained, parse_decay, print_table, read_flags, replacing, show
+from ddpm_ema import EMA, explained, parse_decay, print_rows, read_flags, replacing
 
 # ==================================================================================================
 # The tree: a mixture of 1,016 Gaussians, exactly (Numba)
@@ -249,7 +249,8 @@ def train(model, ema, steps, stages, batch_size, target):
         loss.backward()
         optimizer.step()
         ema.update()
-        show(f"step {step} of {steps}, loss {loss / len(draws):.4f}", keep=step % 512 == 0)
+        if step % 128 == 0:
+            print(f"step {step} of {steps}, loss {loss / len(draws):.4f}")
         if step in stages:
             yield step
 
@@ -317,13 +318,13 @@ def summarise(rows, measure):
     return {key: (np.mean(v), np.std(v, ddof=len(v) > 1)) for key, v in values.items()}
 
 
-def print_rows(rows):
-    shares = summarise(rows, "init_share").items()
-    lines = {key: [*map(str, key), f"{share:.2g}"] for key, (share, _) in shares}
-    for measure, digits in zip(MEASURES, (3, 3, 1)):
-        for key, (mean, spread) in summarise(rows, measure).items():
-            lines[key].append(f"{mean:.{digits}f} ± {spread:.{digits}f}")
-    print_table([["step", "weights", "init share", *MEASURES], *lines.values()])
+def print_means(rows):
+    table, measures = {}, ["init_share", *MEASURES]
+    for measure in measures:
+        for (step, name), (mean, spread) in summarise(rows, measure).items():
+            row = table.setdefault((step, name), {"step": step, "weights": name})
+            row |= {measure: mean, f"{measure}_sd": spread}
+    print_rows([*table.values()], measures, ("step", "weights"))
 
 
 def save(path, figure, heading, ax):  # with one legend, that of ax
@@ -402,7 +403,7 @@ def run(rows, decay, steps, seeds, batch_size, target, out):
 def main(argv):
     settings = {name: default for name, (default, *_) in FLAGS.items()}
     settings |= read_flags(FLAGS, __doc__, argv)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     rows, end, code = [], "table and pictures", 0
     try:
         with explained(f"run in {settings['out']}: "):
@@ -410,8 +411,8 @@ def main(argv):
     except KeyboardInterrupt:
         end, code = "stopped; the stages that were reached", 130
     if rows:
-        print_rows(rows)
-    show(f"{end}: {settings['out']}")
+        print_means(rows)
+    print(f"{end}: {settings['out']}")
     sys.exit(code)
 
 
