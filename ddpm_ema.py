@@ -924,6 +924,7 @@ class Run:
         s = self.settings = settings
         self.out, self.step = Path(s.out), 0
         self.rank, self.world = int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+        sys.stdout = None if self.rank else sys.stdout  # of several processes one speaks
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -1096,7 +1097,7 @@ class Run:
             row["init_share"] = self.ema.init_share(decay)
         if decay[0].isdigit() or decay.startswith("halflife"):  # a schedule has none for long
             log = log_decays(decay, 1, 1).item()
-            row |= {"horizon": -1 / math.expm1(log),
+            row |= {"horizon": -1 / math.expm1(log),  # 1 / (1 - decay) steps
                     "half_life_images": -math.log(2) / log * s.batch_size}
         if name != "real":
             raw = self.vector()
@@ -1169,7 +1170,7 @@ def draw_panel(axis, title, rows, x, y, by):
                 if row[by] == group and row["debiased"] <= debiased}.values()
         across, value, spread = ([row.get(name, 0) for row in line] for name in (x, y, f"{y}_sd"))
         axis.errorbar(across, value, spread, fmt=".--" if debiased else ".-", color=color[group],
-                      label=None if debiased else NAMES.get(group, group))
+                      label=None if debiased else str(NAMES.get(group, group)).replace(", ", "\n"))
     for value in {row[y] for row in rows if row["name"] == "real" and y in row}:
         axis.axhline(value, color="grey", ls=":", label="real images")
     axis.set(title=title, xlabel=NAMES.get(x, x), ylabel=NAMES.get(y, y),
@@ -1242,8 +1243,8 @@ def report(runs, out):
         stages.setdefault((row["method"], row["step"]), []).append(row)
     leaders = [min(rows, key=lambda row: cost(row, metric)) | {"metric": metric, "debiased": False}
                for rows in stages.values() for metric in IDEAL if metric in rows[-1]]
-    if not {*seeds} == {row["method"] for row in table}:
-        raise ValueError("runs that differ in their seed have no row of samples in common")
+    if "data" in differ or {*seeds} != {row["method"] for row in table}:
+        raise ValueError("no ranking of different data, or of seeds without a row in common")
     out.mkdir(parents=True, exist_ok=True)
     for number, method in enumerate(seeds, 1):
         rows, ahead = ([r for r in group if r["method"] == method] for group in (table, leaders))
@@ -1258,11 +1259,12 @@ def report(runs, out):
               for metric, sentence in PANELS.items()),
             ("The best decay at each stage", ahead, "step", "horizon", "metric")])
     if differ:
-        print("\nThe methods at each decay, and each at its best one by distance")
+        title = f"The methods at each decay, {' and '.join({row['samples'] for row in table})}"
+        print(f"\n{title}; the best decay of each is that of the least distance")
         ahead = [row | {"name": "best decay"} for row in leaders if row["metric"] == "fd"]
         ranked = sorted(table + ahead, key=operator.itemgetter("step", "name"))
         print_rows(ranked, COLUMNS[1:], ("step", "name", "method"))
-        draw(out / "report.png", "The methods beside each other", [
+        draw(out / "report.png", title, [
             (f"Step {step}", [row for row in table if row["step"] == step], "horizon", field,
              "method") for step in sorted({row["step"] for row in table})
             for field in ("fd", "precision", "tail_share")])
@@ -1343,8 +1345,7 @@ def resolve(given):
     settings = {name: default for name, (default, *_) in SETTINGS.items()}
     settings |= PRESETS["small"] | PRESETS[given.get("preset", "small")] | given
     out = Path(settings["out"] or Path("runs", Path(os.path.realpath(settings["data"])).stem))
-    last = read_checkpoint(out / "last.pt")
-    run, reached = last["settings"], last["step"]
+    run, reached = operator.itemgetter("settings", "step")(read_checkpoint(out / "last.pt"))
     if not run and any(step for step, *_ in read_rows(out)):  # step 0: it was killed at its start
         raise ValueError(f"{out} holds rows of a run without its checkpoints; choose another --out")
     s = argparse.Namespace(**settings | run | given | {"out": str(out)})
@@ -1370,8 +1371,6 @@ def main(argv):
             raise ValueError(f"--report takes folders of runs, and --out: not {strange[0]}")
         runs = [(read_checkpoint(f / "last.pt")["settings"], read_rows(f)) for f in folders]
         return report(runs, Path(given.get("out") or "runs/report"))
-    if os.environ.get("RANK", "0") != "0":
-        sys.stdout = None  # of several processes one speaks
     run = Run(resolve(given))
     s = run.settings
     print(f"{s.data}: {len(run.data.train):,} training images {s.data_shape[1:4]}, "
