@@ -11,6 +11,7 @@
     python ddpm_ema.py --decay sweep,auto --stages 0.1,0.25,0.5,1      which decay is best, and when
     python ddpm_ema.py --report RUN RUN                   finished runs: spread over seeds, ranking
 
+An exponential moving average (EMA) of the weights looks back over some 1 / (1 - decay) steps.
 Measured after 4,000 steps, three seeds: the Fréchet distance to the data is 16 ± 6 with raw
 weights, 2.8 ± 1.0 with decay 0.99 and 2.9 ± 1.0 with 0.999. The network learns to undo
 x_t = alpha_t x0 + sigma_t eps (Ho et al. 2020, arXiv:2006.11239); the same noise is then turned
@@ -1148,7 +1149,7 @@ class Run:
 
 NAMES = {"fd": "Fréchet distance", "horizon": "decay (0: raw weights)", "step": "training step",
          "tail_share": "rare modes: mass / true mass", "held_out_loss": "held-out loss",
-         "distance_initial": "distance from initial weights", "distance_raw": "from raw weights"}
+         "distance_initial": "distance from initial weights", "distance_raw": "distance from raw"}
 PANELS = {"fd": "How far samples are from the data", "held_out_loss": "The loss that auto goes by",
           "precision": "Quality: the share of samples that look real",
           "recall": "Variety: the share of real images within reach",
@@ -1192,7 +1193,7 @@ def draw(path, title, panels):
     figure = Figure(figsize=(16.8, 3.9 * lines + 0.3), layout="constrained")
     figure.suptitle(title.encode(errors="backslashreplace").decode(), parse_math=False)
     for place, panel in enumerate(panels, 1):
-        draw_panel(figure.add_subplot(lines, 3, place), *panel)
+        draw_panel(figure.add_subplot(lines, min(3, len(panels)), place), *panel)
     figure.savefig(path)
 
 
@@ -1236,9 +1237,8 @@ def report(runs, out):
         for key, row in rows.items():
             if row["samples"] == settings["samples"]:
                 peers.setdefault((method, *key), {})[seed] = row | {"method": method}
-    table = [pool([*rows.values()]) for (method, *_), rows in peers.items()
-             if rows.keys() == seeds[method]]
-    table.sort(key=operator.itemgetter("step"))
+    table = sorted((pool([*rows.values()]) for (method, *_), rows in peers.items()
+                    if rows.keys() == seeds[method]), key=operator.itemgetter("step"))
     for row in table:
         stages.setdefault((row["method"], row["step"]), []).append(row)
     leaders = [min(rows, key=lambda row: cost(row, metric)) | {"metric": metric, "debiased": False}
