@@ -1127,7 +1127,7 @@ class Run:
                 with replacing(self.out / "metrics.jsonl") as draft:
                     draft.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()))
             left = (time.perf_counter() - start) * (len(lacking) / (i + len(rows)) - 1) / 60
-            for row in rows if samples else ():
+            for row in rows[:len(lacking) - i] if samples else ():  # none twice
                 print(f"step {self.step}, {row['name']}: Fréchet distance {cell(row, 'fd')}, "
                       f"{max(left, 0):.1f} min left")
         return [self.rows[self.step, name, samples] for name in names]

@@ -521,7 +521,7 @@ COLOUR, CLASSES = np.stack([PIXELS] * 3, axis=3), np.arange(40, dtype=np.uint8) 
 def test_glyphs_have_known_modes():
     """Labels name what is drawn, and all of 36 come, the r-th with a share ~ 1/r."""
     data, canvas = Dataset(*ddpm_ema.read_data("glyphs")), np.zeros((36, 32, 32))
-    assert data.images.shape[1:] == (1, 16, 16) and data.num_modes == 36
+    assert (*data.images.shape[1:], data.num_modes, len(data.held_out)) == (1, 16, 16, 36, 4096)
     share = data.labels.bincount() / len(data.labels)
     np.testing.assert_allclose(share, (z := 1 / np.arange(1, 37)) / z.sum(), rtol=0.2)
     font = FT2Font(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans-Bold.ttf")
@@ -547,7 +547,7 @@ def image_files(folder, images):
     for i, (image, label) in enumerate(zip(images, CLASSES)):
         (folder / "abc"[label]).mkdir(exist_ok=True)
         picture = pytest.importorskip("PIL.Image").fromarray(image)
-        picture.save(folder / "abc"[label] / f"{i:02}_idx3.png")
+        picture.save(folder / "abc"[label] / f"{i:02}_idx3.{'png' if i % 2 else 'tif'}")
 
 
 @pytest.mark.parametrize("make, channels", [
@@ -555,7 +555,7 @@ def image_files(folder, images):
     (lambda f: idx_files(f, bytes) or idx_files(f, gzip.compress, ".gz"), 1),
     (lambda f: idx_files(f, bytes, part="train") or idx_files(f, lambda _: b""), 1),  # not t10k
     (lambda f: image_files(f, [PIXELS[0], np.dstack([COLOUR[1], PIXELS[0]]), *COLOUR[2:]]), 3),
-    (lambda f: image_files(f, PIXELS.astype(np.uint16) * 257), 1),
+    (lambda f: image_files(f, PIXELS.astype(np.uint16) * 256 + 128), 1),
     (lambda f: np.savez(f / "x", images=PIXELS[:, None], labels=CLASSES), 1),
     (lambda f: np.savez(f / "x", images=PIXELS[..., None], labels=CLASSES), 1),
     (lambda f: np.savez(f / "x", images=COLOUR.astype(int), labels=CLASSES.astype(int) - 9), 3)])
@@ -587,7 +587,7 @@ def test_downloads_are_checked_and_kept(tmp_path, monkeypatch, capfd):
         files = [served / Path(address).name for address in addresses]
         right = {f.as_uri(): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f in files}
         monkeypatch.setitem(ddpm_ema.DOWNLOADS, name, dict.fromkeys(right, "00"))
-        assert "hash" in fails(capfd, "--data", name)
+        assert "hash" in fails(capfd, "--preset=cifar10" if name == "cifar10" else f"--data={name}")
         with mock.patch.dict(os.environ, DDPM_EMA_DEBUG="1"), pytest.raises(RuntimeError):
             command("--data", name)  # with its traceback
         monkeypatch.setitem(ddpm_ema.DOWNLOADS, name, right)
@@ -610,13 +610,17 @@ def test_what_metrics_are_made_of():
     roots = np.sqrt(np.linalg.eigvals((a @ b).numpy()).real.clip(0)).sum()
     closed = ((m1 - m2).square().sum() + a.trace() + b.trace()).item() - 2 * roots
     assert ddpm_ema.frechet_distance(m1, a, m2, b) == pytest.approx(closed, rel=1e-6)
-    for name, value in (("fd", 0.5), ("tail_share", 1.1)):
+    for name, value in (("fd", 0.5), ("precision", 1.1), ("recall", 1.1), ("tail_share", 1.1)):
         rows = [{}, {name: 2}, {name: 1.1}, {name: 0.5}]
         assert min(rows, key=partial(ddpm_ema.cost, metric=name)) == {name: value}
     real, fake = torch.randn(2500, 4), torch.randn(1300, 4) * 1.5
     radius = torch.cdist(real, real).sort(1).values[:, 3]  # to the third neighbour
     naive = (torch.cdist(fake, real) <= radius).any(1)
     assert (ddpm_ema.manifold_share(fake, real) != naive).sum() <= 1  # a tie may round either way
+    unlabelled = Dataset(30 * np.mgrid[:40, :8, :8][1][:, None])
+    ddpm_ema.train_classifier(net := ddpm_ema.make_classifier(1, 2), unlabelled, 20)
+    features = net.features(torch.cat([x0 := unlabelled.x0([0]), x0.flip(2)]))
+    assert net.logits(features).softmax(1).diagonal().min() > 0.9  # the way up
     noise, log = np.random.default_rng(0).normal(0, 0.1, 4001), []  # the average falls steadily
     for step, each in enumerate(noise):
         for name, loss in (("raw", 5 - step / 4000 + each), ("0.9", 9 - step / 500)):
@@ -717,12 +721,14 @@ def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
             assert len({round(row[name], 5) for row in (raw, plain, debiased)}) == 3
         raw, zero, plain = (bars.rows[step, name, ""] for name in names[1:4])
         assert zero["distance_raw"] < 1e-4 and plain["distance_raw"] > 0.1 < raw["distance_initial"]
-        assert math.isclose(plain["half_life_images"], 8 * math.log(0.5, 0.9))
+        assert math.isclose(plain["half_life_images"] / plain["horizon"], 0.8 * math.log(0.5, 0.9))
     for name in ("samples", "curves", "sweep"):
         assert matplotlib.image.imread(bars.whole / f"{name}.png").std() > 0.01
     axes = bars.figures["samples.png"].axes
     fds = [[bars.rows[step, w, SAMPLES]["fd"] for w in ("raw", "0", "0.9")] for step in (4, 8)]
-    assert [axis.get_ylabel().splitlines()[0] for axis in axes] == names
+    labels = [axis.get_ylabel().splitlines() for axis in axes]
+    assert [label[0] for label in labels] == names and labels[3][2] == "init share 0.43"
+    assert len({label[1] for label in labels}) > 2  # each with its own distance
     real, raw, zero, plain, debiased = (np.array(axis.images[0].get_array()) for axis in axes)
     assert np.allclose(raw, zero, atol=0.05)
     assert np.allclose(255 * plain, (255 * plain).round(), atol=1e-3)  # as stored
@@ -731,24 +737,28 @@ def test_rows_and_pictures_are_of_the_weights_that_they_name(bars):
     loss, plane = bars.figures["curves.png"].axes
     points = [(line.get_ls(), len(line.get_xdata())) for line in loss.lines]
     assert sorted(points) == [("-", 5)] * 3 + [("--", 5)] * 2
+    curves = {each.get_label(): each.lines[0].get_ydata()[-1] for each in loss.containers}
+    assert all(curves[name] == bars.rows[8, name, ""]["held_out_loss"] for name in names[1:4])
     drawn = {point for line in plane.lines for point in zip(*line.get_data())}
     assert drawn == {(row["distance_initial"], row["distance_raw"]) for (_, name, samples), row
                      in bars.rows.items() if not samples and name in (*names, "0 debiased")}
-    solid = [[line.get_ydata().tolist() for line in axis.lines if line.get_ls() == "-"]
+    solid = [[[*line.get_ydata()] for line in axis.lines if line.get_ls() in "-:"]  # : is real
              for axis in bars.figures["sweep.png"].axes]
-    assert solid[0] == fds and len(solid[4]) == 2  # losses of these stages only
+    assert solid[0][:2] == fds and (len(solid[4]), len(solid[2][0])) == (3, 2)  # 0.9 is left out
 
 
 def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
     """Times, warm-up, flips, clipping, cooldown, Adam, averages and their held-out loss."""
     def times(u):  # logit-normal
         return (1000 / (1 + (-torch.distributions.Normal(0, 1).icdf(u)).exp())).long()
-    with mock.patch.dict(PRESETS["small"], flip=True):
-        run(bars.data, tmp_path, "--steps", "4", "--decay", "0.9", "--cooldown", "0.5")
-    words = (0, 0, 0), *((1, 0, step) for step in range(4))
-    init, *seeds = (int(np.random.SeedSequence(each).generate_state(1)[0]) for each in words)
+    with mock.patch.dict(PRESETS["small"], flip=True), mock.patch.dict(NETWORK, dropout=0.1):
+        run(bars.data, tmp_path, "--steps", "4", "--decay", "0.9", "--cooldown", "0.5",
+            "--seed", "1", "--sampler", "ddpm", "--sample-steps", "3")
+    words = (0, 1, 0), (2, 1, 0), *((1, 1, step) for step in range(4))
+    init, start, *seeds = (int(np.random.SeedSequence(each).generate_state(1)[0]) for each in words)
     torch.manual_seed(init)
-    model, diffusion, norms = UNet(1, **NETWORK), Diffusion("cosine", "v"), []
+    model, diffusion, norms = UNet(1, **NETWORK, dropout=0.1), Diffusion("cosine", "v"), []
+    model.to(memory_format=torch.channels_last)  # the order in which dropout draws
     adam, ema = torch.optim.Adam(model.parameters()), EMA(model, "0.9")
     for step, seed in enumerate(seeds):
         torch.manual_seed(seed)
@@ -766,8 +776,13 @@ def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
     eps, t = torch.randn(40, 1, 8, 8, generator=noise), times((torch.arange(40) + 0.5) / 40)
     for name in ("raw", "0.9", "0.9 debiased"):
         with contextlib.nullcontext() if name == "raw" else ema.applied(debias=name != "0.9"):
-            loss = diffusion.loss(model, bars.held_out / 127.5 - 1, t, eps).mean().item()
+            loss = diffusion.loss(model.eval(), bars.held_out / 127.5 - 1, t, eps).mean().item()
         assert rows[4, name, ""]["held_out_loss"] == pytest.approx(loss, rel=2e-4)
+    eps = torch.randn(8, 1, 8, 8, generator=noise.manual_seed(start))
+    *_, (_, x0, _) = diffusion.sample(model, eps, 3, eta=1.0, clip=1.0, generator=noise)
+    drawn = FIGURES["samples.png"].axes[1].images[0].get_array()[:, :, 0].reshape(8, 8, 9)[..., :8]
+    np.testing.assert_allclose(2 * drawn - 1, x0[:, 0].swapaxes(0, 1), atol=0.02)
+    assert rows[4, "real", "32 by ddpm in 3 steps"]["fd"] == bars.rows[4, "real", SAMPLES]["fd"]
     assert "steps 4, not 5" in fails(capfd, "--out", tmp_path, "--steps", "5")
 
 
@@ -824,13 +839,16 @@ def test_the_same_command_another_decay_auto_sweep_and_more_steps(bars, tmp_path
             run(bars.data, out, *FLAGS)
         lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("|")]
         assert max(map(len, lines)) <= 120 and all(line.endswith("|") for line in lines)
-        assert sum(line.startswith("| 8    | 0.9 debiased |") for line in lines) >= 2
+        for start in ("| 4    | 0.9 debiased | 0.656 ", "| 8    | 0.9 debiased | "):  # init share
+            assert sum(line.startswith(start) for line in lines) == 2  # also between the stages
         run(bars.data, out, "--decay", "0.97")
         added = ddpm_ema.read_rows(out).keys() - bars.rows.keys()
         new = {key[:2] for key in added if key[2] == SAMPLES}
         assert new == {(step, f"0.97{d}") for step in (4, 8) for d in ("", " debiased")}
     run(bars.data, out, "--steps", "10")
     assert {(10, "0.9", SAMPLES), (8, "raw", "")} <= ddpm_ema.read_rows(out).keys()
+    run(bars.data, out, "--steps", "8")
+    assert "| 10 " not in capfd.readouterr().out.split("held out loss")[-1].split("init share")[0]
     with mock.patch("torch.nn.functional.cross_entropy", wraps=nn.functional.cross_entropy) as spy:
         run(bars.data, out := tmp_path / "new", "--steps", "1", "--decay", "sweep,auto")
     counts = torch.cat([call.args[1] for call in spy.call_args_list]).bincount()
@@ -852,9 +870,10 @@ def test_the_same_command_another_decay_auto_sweep_and_more_steps(bars, tmp_path
 def test_two_processes_give_the_losses_of_one(bars, tmp_path):
     with death(EMABank, "update", 1), pytest.raises(KeyboardInterrupt):
         run(bars.data, tmp_path, *FLAGS)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node=2", ddpm_ema.__file__, "--out", tmp_path, "--steps", "4"],
-                   check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    line = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "torch.distributed.run",
+            "--standalone", "--nproc-per-node=2", ddpm_ema.__file__, "--out", tmp_path, "--steps=4"]
+    printed = subprocess.check_output(line, timeout=120)
+    assert printed.count(b"step 4, raw:") == 1  # one process measures it, and one speaks
     assert len((tmp_path / "metrics.jsonl").open().readlines()) == len(ddpm_ema.read_rows(tmp_path))
     run(bars.data, tmp_path, *FLAGS)  # goes on with one
     ours = ddpm_ema.read_rows(tmp_path)
@@ -874,15 +893,17 @@ def test_features_of_a_file_give_fid(bars, tmp_path):
     features = str(tmp_path / "colours.pt")
     torch.jit.script(Colours()).save(features)
     with mock.patch.object(ddpm_ema, "measure", wraps=ddpm_ema.measure) as spy:
-        run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=300", "--features", features)
+        run(bars.data, tmp_path / "run", "--steps=1", "--num-samples=16", "--features", features)
+        run(bars.data, tmp_path / "run", "--num-samples=300")
     sampled, _, real = spy.call_args.args
+    same(spy.call_args_list[0].args[2]["moments"], real["moments"])  # of all images
     data = Dataset(*ddpm_ema.read_data(str(bars.data)))
     assert (sampled[:44] != sampled[256:]).any()  # each batch has its own noise
     assert (real["shares"] * 160).round().tolist() == data.labels[data.train].bincount().tolist()
-    row = next(row for row in ddpm_ema.read_rows(tmp_path / "run").values() if "fd" in row)
+    row = [row for row in ddpm_ema.read_rows(tmp_path / "run").values() if row["name"] == "real"][1]
     ours, real = (images.double().mean((1, 2, 3)) for images in (bars.held_out, bars.training))
     fid = 3 * ((ours.mean() - real.mean()) ** 2 + (ours.std() - real.std()) ** 2)  # all grey
-    assert row["name"] == "real" and row["fd"] == pytest.approx(fid.item(), rel=1e-3)
+    assert row["fd"] == pytest.approx(fid.item(), rel=1e-3)
     assert features in row["samples"]
 
 
@@ -893,13 +914,15 @@ LONELY = np.insert(np.arange(39) % 2, torch.randperm(
 @pytest.mark.parametrize("images, labels", [
     (PIXELS[:, None], {}), (np.repeat(PIXELS[:, None], 5, 1), {}),
     (PIXELS[:, None], {"labels": LONELY}), (PIXELS[:, None], {"labels": LONELY // 2})])
-def test_data_and_names_of_any_kind(images, labels, tmp_path, monkeypatch):
+def test_data_and_names_of_any_kind(images, labels, tmp_path, monkeypatch, capfd):
     """Names with dollars, line breaks, bytes that are no UTF-8 are read, drawn, resumed."""
     monkeypatch.chdir(tmp_path)
     np.savez(name := "a$b_$c\nd\udcff.npz", images=images, **labels)
     for step in (1, 2):
         run(name, f"run-{name}", "--steps", step, "--schedule=flow", "--sampler=ddpm",
             "--decay=auto", pictures=step == 1 and not labels)
+    np.savez(name, images=images[:30])
+    assert "has data_shape [40, " in fails(capfd, "--data", name, "--out", f"run-{name}")
     rows = [row for row in ddpm_ema.read_rows(Path(f"run-{name}")).values() if "fd" in row]
     assert len(rows) == 8
     assert all(("modes" in row) == bool(labels) for row in rows)  # else there are no known ones
@@ -909,7 +932,7 @@ def test_data_and_names_of_any_kind(images, labels, tmp_path, monkeypatch):
 
 def test_averages_beat_raw_weights(bars, tmp_path):
     run(bars.data, tmp_path, "--steps=300", "--decay=0.97", "--log-every=300", "--save-every=300",
-        "--lr=0.01", "--num-samples=16")
+        "--lr=0.01", "--num-samples=16", "--stages=0.5")  # it goes on after the last stage
     rows = ddpm_ema.read_rows(tmp_path)
     start, raw, average = (rows[key]["held_out_loss"] for key in (
         (0, "raw", ""), (300, "raw", ""), (300, "0.97", "")))
@@ -929,7 +952,7 @@ def test_report_pools_seeds_and_ranks_methods(bars, tmp_path, capfd):
                  "debiased": False} | dict(zip(["horizon"], horizon))
                 for (name, horizon), fd in zip(horizons.items(), fds)]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command("--report", *sorted(tmp_path.iterdir())[::-1], "--out", tmp_path / "report")
+    command("--report", *sorted(tmp_path.iterdir())[::-1] * 2, "--out", tmp_path / "report")
     printed = capfd.readouterr().out
     assert "over 2 seeds" in printed and "10.0 ± 1.4" in printed
     assert not re.search(r"\| real .*\*\*", printed)
@@ -940,6 +963,8 @@ def test_report_pools_seeds_and_ranks_methods(bars, tmp_path, capfd):
         "8 0.9 objective eps", "8 0.97 objective v", "8 0.99 objective v", "8 0.99 objective eps"}
     lines = [list(line.get_ydata()) for line in FIGURES["report.png"].axes[0].lines]
     assert [line for line in lines if len(line) == 4] == [[21, 10, 5, 10.5], [16, 11.6, 9, 9.3]]
+    torch.save(state | {"settings": {**state["settings"], "data": "x"}}, tmp_path / "v0/last.pt")
+    assert "different data" in fails(capfd, "--report", *tmp_path.glob("v?"))
 
 
 BAD = {"3d": {"images": PIXELS}, "few": {"images": PIXELS[:12, None]}, "key": {"x": PIXELS},
@@ -994,7 +1019,7 @@ def bad(bars, tmp_path_factory):
                                              "compression", "giant", "raw") if name != "odd"))),
     *((f"--features={{f}}/{name}", "--features") for name in ("raw.npz", "0.pt", "1.pt")),
     ("--data={f}/odd.npz", "divisible"), ("--batch-size=100000000", "memory"),
-    *((f"--out={{w}} --{flag}", f", not {flag.split('=')[1]}") for flag in (
+    *((f"--out={{w}} --{flag}", f", not {flag.split('=')[1]}") for flag in ("preset=cifar10",
         "lr=0.5", "batch-size=4", "seed=1", "cooldown=0.5", "schedule=flow", "objective=eps")),
     ("--data={f}/broken", "a.png: "), ("--out={f}/raw.npz", "raw.npz"), ("--out={f}/loop", "loop"),
     ("--out={f}/raw.npz/x", "raw.npz"), ("--out={f}/loop/x", "loop"), ("--report", "at least one"),
