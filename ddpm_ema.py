@@ -630,10 +630,7 @@ class Dataset:
 
 
 def draw_glyphs(num_images):
-    """Characters in two DejaVu faces, turned, scaled and shifted; the r-th has share ~ 1/r.
-
-    Returns images [N, 1, 16, 16] uint8, white on black, and labels [N]: positions in GLYPHS.
-    """
+    """Characters [N, 1, 16, 16], turned, scaled, shifted, and labels [N]; share ~ 1 / position."""
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, len(GLYPHS) + 1)  # Zipf's law
     labels = rng.choice(len(GLYPHS), num_images, p=share / share.sum())
@@ -952,7 +949,8 @@ class Run:
                 extractor = torch.jit.load(s.features, map_location=self.device).eval()
                 wanted = {"return_features"} & {a.name for a in extractor.forward.schema.arguments}
                 self.extractor = functools.partial(extractor, **dict.fromkeys(wanted, True))
-                self.features("real", 2)  # does it take these images?
+                if not self.features("real", 2)[0].isfinite().all():
+                    raise ValueError("not all that it makes of images is finite")
         if not (self.out / "last.pt").exists():  # on the CPU: there two runs come to the same one
             self.out.mkdir(parents=True, exist_ok=True)
             print("training the classifier whose features the metrics use")
@@ -1112,7 +1110,7 @@ class Run:
 
     @torch.no_grad()
     def complete(self, decays, samples=""):
-        """The rows of raw and averaged weights; each process measures one that lacks at a time."""
+        """Rows of raw, averages, real if sampled; each process measures one that lacks in turn."""
         names, start = ["real", "raw"] if samples else ["raw"], time.perf_counter()
         for decay in decays:
             names += [decay] + [f"{decay} debiased"] * (self.ema.init_share(decay) > 1e-3)
@@ -1134,20 +1132,20 @@ class Run:
 
     def evaluate(self):
         """Adds the rows that the table lacks at this step, and draws the first samples."""
-        s = self.settings
+        s, before = self.settings, len(self.rows)
         _, *averages = self.complete(CANDIDATES)
         first = min(averages, key=lambda row: cost(row, "held_out_loss"))["decay"]
         rows = self.complete(dict.fromkeys(s.shown + [first] * ("auto" in s.decay)), s.samples)
         if self.rank == 0:
             images = [x0 for row in rows for x0 in self.images(row["name"], 8)]
             plot_samples(self.out / "samples.png", rows, images)
-            if self.step < s.stage_steps[-1]:
+            if len(self.rows) > before and self.step < s.stage_steps[-1]:
                 print_rows(rows)
 
 
 # ==== Pictures and reports ========================================================================
 
-NAMES = {"fd": "Fréchet distance", "horizon": "decay (0: raw weights)", "step": "training step",
+NAMES = {"fd": "Fréchet distance", "horizon": "decay (0: raw weights)",
          "tail_share": "rare modes: mass / true mass", "held_out_loss": "held-out loss",
          "distance_initial": "distance from initial weights", "distance_raw": "distance from raw"}
 PANELS = {"fd": "How far samples are from the data", "held_out_loss": "The loss that auto goes by",
@@ -1200,7 +1198,7 @@ def draw(path, title, panels):
 def plot_samples(path, rows, images):
     """samples.png: for each row, x0 [8, C, H, W] of the same noise."""
     figure = Figure(figsize=(7.4, 0.62 * len(rows) + 0.6), layout="constrained")
-    figure.suptitle(f"Step {rows[0]['step']}, {rows[0]['samples']}: the same noise in each row")
+    figure.suptitle(f"Step {rows[0]['step']}: {rows[0]['samples']}, of one noise", parse_math=False)
     for axis, row, x0 in zip(figure.subplots(len(rows)), rows, images):
         x0 = x0[:, :3 if x0.shape[1] == 3 else 1].expand(-1, 3, -1, -1)  # colour or grey
         strip = F.pad((x0 + 1) / 2, (0, 1), value=1.0).clamp(0, 1)  # white in between
@@ -1223,11 +1221,7 @@ def pool(rows):
 
 
 def report(runs, out):
-    """Tables and pictures of runs, (settings, {key: row}).
-
-    Those that differ in their seed are one method, whose table has means and spreads over seeds.
-    Several methods are ranked at each decay, and each at its best one.
-    """
+    """Tables and pictures of runs, (settings, {key: row}); a method is pooled over its seeds."""
     seeds, peers, stages = {}, {}, {}  # of a method; rows by method, key, seed; by method, step
     differ = [name for name in (*FIXED, "steps", "samples") if name != "seed"
               and len({str(settings[name]) for settings, _ in runs}) > 1]
@@ -1239,34 +1233,39 @@ def report(runs, out):
                 peers.setdefault((method, *key), {})[seed] = row | {"method": method}
     table = sorted((pool([*rows.values()]) for (method, *_), rows in peers.items()
                     if rows.keys() == seeds[method]), key=operator.itemgetter("step"))
-    for row in table:
-        stages.setdefault((row["method"], row["step"]), []).append(row)
-    leaders = [min(rows, key=lambda row: cost(row, metric)) | {"metric": metric, "debiased": False}
-               for rows in stages.values() for metric in IDEAL if metric in rows[-1]]
     if "data" in differ or {*seeds} != {row["method"] for row in table}:
         raise ValueError("no ranking of different data, or of seeds without a row in common")
+    # Averages that are mostly the initial weights would stretch a linear axis and show noise.
+    moved = [row for row in table if row["debiased"] or row.get("init_share", 0) < 0.1]
+    for row in [row for row in moved if row["name"] != "real"]:
+        stages.setdefault((row["method"], row["step"]), []).append(row)
+    leaders = [(first := min(rows, key=lambda row: cost(row, metric))) | {
+        "metric": metric, "debiased": False, "name": "best decay",
+        "horizon": first.get("horizon", math.nan) * 1.04**shift}  # side by side
+        for rows in stages.values() for shift, metric in enumerate(IDEAL) if metric in rows[-1]]
     out.mkdir(parents=True, exist_ok=True)
     for number, method in enumerate(seeds, 1):
-        rows, ahead = ([r for r in group if r["method"] == method] for group in (table, leaders))
+        rows, apart, firsts = ([row for row in group if row["method"] == method]
+                               for group in (table, moved, leaders))
         spread = f"{len(seeds[method])} seeds" if len(seeds[method]) > 1 else "bootstrap resamples"
         title = "; ".join(filter(None, (method, rows[0]["samples"], f"± over {spread}")))
         print(f"\n{title}")
         print_rows(rows)
-        # Averages that are mostly the initial weights would stretch a linear axis and show noise.
-        moved = [row for row in rows if row["debiased"] or row.get("init_share", 0) < 0.1]
         draw(out / f"sweep{f'-{number}' if differ else ''}.png", title, [
-            *((sentence, moved if IDEAL[metric] else rows, "horizon", metric, "step")
+            *((sentence, apart if IDEAL[metric] else rows, "horizon", metric, "step")
               for metric, sentence in PANELS.items()),
-            ("The best decay at each stage", ahead, "step", "horizon", "metric")])
+            ("The best decay at each stage", firsts, "step", "horizon", "metric")])
     if differ:
-        title = f"The methods at each decay, {' and '.join({row['samples'] for row in table})}"
+        title = f"The methods at each decay, {' and '.join({row['samples']: 0 for row in table})}"
         print(f"\n{title}; the best decay of each is that of the least distance")
-        ahead = [row | {"name": "best decay"} for row in leaders if row["metric"] == "fd"]
-        ranked = sorted(table + ahead, key=operator.itemgetter("step", "name"))
+        ranked = table + [row for row in leaders if row["metric"] == "fd"]
+        places = [(row["step"], row["name"]) for row in ranked]
+        ranked = [row for row, place in zip(ranked, places) if places.count(place) > 1]
+        ranked.sort(key=operator.itemgetter("step", "name"))
         print_rows(ranked, COLUMNS[1:], ("step", "name", "method"))
         draw(out / "report.png", title, [
-            (f"Step {step}", [row for row in table if row["step"] == step], "horizon", field,
-             "method") for step in sorted({row["step"] for row in table})
+            (f"Step {step}", [row for row in ranked if row["step"] == step and "metric" not in row],
+             "horizon", field, "method") for step in sorted({row["step"] for row in ranked})
             for field in ("fd", "precision", "tail_share")])
 
 
@@ -1355,8 +1354,9 @@ def resolve(given):
     s.samples = f"{s.num_samples} by {s.sampler} in {s.sample_steps} steps"
     s.samples += f", features {s.features}" if s.features else ""
     steps = sorted({max(1, round(fraction * s.steps)) for fraction in s.stages})
-    s.stage_steps = [n for n in steps if n >= reached or (out / f"step-{n}.pt").exists()]
-    if not s.stage_steps or ("stages" in given and s.stage_steps != steps):
+    there = {n for n in (*steps, s.steps) if n >= reached or (out / f"step-{n}.pt").exists()}
+    s.stage_steps = [n for n in steps if n in there]
+    if not s.stage_steps or s.steps not in there or ("stages" in given and s.stage_steps != steps):
         raise ValueError(f"{out} is at step {reached} and kept no checkpoint of {steps}")
     return s
 
