@@ -333,6 +333,7 @@ class Diffusion:
     """
 
     SCHEDULES, OBJECTIVES = ("linear", "cosine", "flow"), ("eps", "x0", "v")
+    SAMPLERS = "ddpm", "ddim", "dpm++"
 
     def __init__(self, schedule="cosine", objective="v", num_steps=1000):
         if schedule not in self.SCHEDULES or objective not in self.OBJECTIVES or num_steps < 1:
@@ -395,21 +396,21 @@ class Diffusion:
         return error
 
     @torch.no_grad()
-    def sample(self, network, x, num_steps, eta=0.0, order=1, clip=None, generator=None):
+    def sample(self, network, x, num_steps, sampler="ddim", clip=None, generator=None):
         """Walk from noise x [B, ...] at t = T - 1 to data; yield (t, x_t, x0_hat), data at t = -1.
 
-        eta=0, order=1   DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12), Euler's method for flow
-        eta=1, order=1   DDPM's ancestral sampler (eq. 6 and 7), also with fewer steps than T
-        eta=0, order=2   DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2)
-        clip             bound on |x0_hat|: 1 for images in [-1, 1], None for no bound
-        generator        of the noise that eta > 0 adds
+        sampler     "ddim": Song et al. 2021 (arXiv:2010.02502, eq. 12), Euler's method for flow
+                    "ddpm": DDPM's ancestral sampler (eq. 6 and 7), also with fewer steps than T
+                    "dpm++": DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095, algorithm 2)
+        clip        bound on |x0_hat|: 1 for images in [-1, 1], None for no bound
+        generator   of the noise that ddpm adds
 
         From t to s < t all three take x_s = c x_t + (alpha_s - c alpha_t) D + nu z: nu is the noise
         added, c the share of the old noise that is kept, D is x0_hat, extrapolated in the log
-        signal-to-noise ratio at order 2. The times t are evenly spaced.
+        signal-to-noise ratio by dpm++. The times t are evenly spaced.
         """
-        if not 1 <= num_steps <= self.num_steps or order not in (1, 2) or (order == 2 and eta):
-            raise ValueError(f"num_steps is 1 to {self.num_steps}, order 1 or 2, eta 0 at order 2")
+        if not 1 <= num_steps <= self.num_steps or sampler not in self.SAMPLERS:
+            raise ValueError(f"num_steps is 1 to {self.num_steps}, sampler one of {self.SAMPLERS}")
         times = torch.linspace(self.num_steps - 1, 0, num_steps).round().long().tolist()
         levels = [self.path[:2, t].tolist() for t in times] + [[1.0, 0.0]]  # (alpha, sigma)
         last = None  # x0_hat and the step in log(alpha / sigma) of the step before
@@ -419,13 +420,13 @@ class Diffusion:
             x0_hat = x0_hat if clip is None else x0_hat.clamp(-clip, clip)
             yield t, x, x0_hat
             direction = x0_hat
-            if order == 2 and sigma_s:
+            if sampler == "dpm++" and sigma_s:
                 h = math.log(alpha_s / sigma_s) - math.log(alpha / sigma)
                 if last is not None:
                     direction = x0_hat + (x0_hat - last[0]) * (h / (2 * last[1]))
                 last = x0_hat, h
             variance = sigma**2 - (alpha / alpha_s * sigma_s) ** 2  # of q(x_t | x_s)
-            nu = eta * sigma_s / sigma * math.sqrt(variance)
+            nu = sigma_s / sigma * math.sqrt(variance) if sampler == "ddpm" else 0.0
             c = math.sqrt(sigma_s**2 - nu**2) / sigma
             x = c * x + (alpha_s - c * alpha) * direction
             if nu:
@@ -498,8 +499,7 @@ class UNet(nn.Module):
     """The network of DDPM (Ho et al. 2020, arXiv:2006.11239, appendix B).
 
     channels      image channels, in and out
-    width         channels at full resolution; level i has width * multipliers[i]
-    multipliers   one per level; each further level halves height and width
+    widths        channels of each level; each further level halves height and width
     num_blocks    residual blocks a level on the way down (one more on the way up)
     attention     the levels whose blocks are followed by self-attention
     scale_shift   time scales and shifts the normalised features (Nichol & Dhariwal 2021);
@@ -510,12 +510,13 @@ class UNet(nn.Module):
     the scale 0..1000. ValueError where shapes do not fit.
     """
 
-    def __init__(self, channels=1, width=16, multipliers=(1, 2, 4), num_blocks=1, attention=(2,),
+    def __init__(self, channels=1, widths=(16, 32, 64), num_blocks=1, attention=(2,),
                  scale_shift=True, dropout=0.0):
         super().__init__()
+        width = widths[0]
         if width % 2:
-            raise ValueError(f"width is {width}: it must be even")
-        self.channels, self.width, self.stride = channels, width, 2 ** (len(multipliers) - 1)
+            raise ValueError(f"the first width is {width}: it must be even")
+        self.channels, self.width, self.stride = channels, width, 2 ** (len(widths) - 1)
         time = 4 * width
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
 
@@ -525,19 +526,19 @@ class UNet(nn.Module):
 
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
         self.down, self.up, skips, c = nn.ModuleList(), nn.ModuleList(), [width], width
-        for level, multiplier in enumerate(multipliers):
+        for level, out in enumerate(widths):
             if level:
                 self.down.append(nn.ModuleList([nn.Conv2d(c, c, 3, stride=2, padding=1)]))
                 skips.append(c)
             for _ in range(num_blocks):
-                self.down.append(block(c, width * multiplier, level in attention))
-                c = width * multiplier
+                self.down.append(block(c, out, level in attention))
+                c = out
                 skips.append(c)
         self.middle = nn.ModuleList([*block(c, c, True), *block(c, c, False)])
-        for level, multiplier in reversed(list(enumerate(multipliers))):
+        for level, out in reversed(list(enumerate(widths))):
             for _ in range(num_blocks + 1):
-                self.up.append(block(c + skips.pop(), width * multiplier, level in attention))
-                c = width * multiplier
+                self.up.append(block(c + skips.pop(), out, level in attention))
+                c = out
             if level:
                 self.up[-1].append(nn.Sequential(nn.Upsample(scale_factor=2),
                                                  nn.Conv2d(c, c, 3, padding=1)))
@@ -873,7 +874,6 @@ def print_rows(rows, fields=COLUMNS, keys=("step", "name")):
 
 # ==== The run =====================================================================================
 
-SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {}, "dpm++": {"order": 2}}
 FIXED = (  # what a run cannot change half-way
     "preset", "data", "data_shape", "batch_size", "lr", "cooldown", "seed", "objective", "schedule")
 PARTS = "model", "optimizer", "ema", "classifier"  # of a checkpoint
@@ -1060,7 +1060,7 @@ class Run:
                 noise = torch.randn(shape, generator=generator, device=device)
                 *_, (_, x0, _) = self.diffusion.sample(
                     self.network, noise.contiguous(memory_format=torch.channels_last),
-                    s.sample_steps, generator=generator, clip=1.0, **SAMPLERS[s.sampler])
+                    s.sample_steps, s.sampler, clip=1.0, generator=generator)
                 yield ((x0 + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1  # stored as an image
 
     def features(self, name, count):
@@ -1285,7 +1285,7 @@ SETTINGS = {  # flag: (default, what it is, (from, to) or the names that it may 
     "seed": (0, "of initial weights, data order, noise and samples", (0, 10**18)),
     "objective": ("v", "what the network predicts: noise, data, velocity", Diffusion.OBJECTIVES),
     "schedule": ("cosine", "of the noise; flow: the path of flow matching", Diffusion.SCHEDULES),
-    "sampler": ("dpm++", "ancestral, deterministic, or DPM-Solver++(2M)", tuple(SAMPLERS)),
+    "sampler": ("dpm++", "ancestral, deterministic, or DPM-Solver++(2M)", Diffusion.SAMPLERS),
     "sample_steps": (24, "network evaluations per sample", (1, 1000)),
     "num_samples": (2048, "samples per row of the table", (16, 10**8)),
     "save_every": (500, "steps between checkpoints", (1, 10**8)),
@@ -1301,7 +1301,7 @@ PRESETS = {
         "warmup": 5000, "flip": True, "logit_normal": False, "objective": "eps",
         "schedule": "linear", "sampler": "ddpm", "sample_steps": 1000, "num_samples": 50_000,
         "save_every": 5000, "log_every": 1000,
-        "network": {"width": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "attention": (1,),
+        "network": {"widths": (128, 256, 256, 256), "num_blocks": 2, "attention": (1,),
                     "scale_shift": False, "dropout": 0.1}},
 }
 SWEEP = "0.5,0.9,0.99,0.999,0.9993,0.9995,0.9997,0.9999,0.99999,0.999999"
@@ -1387,8 +1387,8 @@ def main(argv):
         draw(run.out / "curves.png", s.data, [
             ("Which weights predict held-out images best", log, "step", "held_out_loss", "decay"),
             ("Where the weights went", log, "distance_initial", "distance_raw", "decay")])
-        print_rows([*settled(log)], ["held_out_loss", "wobble", "reached", "distance_initial",
-                                  "distance_raw"])
+        print_rows([*settled(log)], ["init_share", "held_out_loss", "wobble", "reached",
+                                     "distance_initial", "distance_raw"])
         report([(vars(s), run.rows)], run.out)
 
 

@@ -245,7 +245,7 @@ def test_untracked_decays_are_within_their_bound_and_nearer_than_edm2(kind, stor
     wanted = 0.903, 0.92, 0.97, 0.9944, 0.9993, 0.9999, "ramp:0.9999"
     trained, coarse = kind in ("mlp", "unet"), (0.1, 0.5, 0.9, 0.9, 0.99, 0.99995)
     steps, shape = (100, (1, 8, 8)) if kind == "unet" else (600, (2,))
-    models = {"mlp": mlp(), "unet": UNet(width=8, multipliers=(1, 2), attention=(1,))}
+    models = {"mlp": mlp(), "unet": UNet(widths=(8, 16), attention=(1,))}
     model = models.get(kind, nn.ParameterList([torch.zeros(40)]))
     run = training(model, steps, shape=shape) if trained else wander(model, kind, steps)
     oracle, taken = Oracle(model, (*wanted, "power:0.05", "power:0.10")), [None]
@@ -470,15 +470,14 @@ def test_what_is_learnt_its_loss_and_what_it_says(schedule, objective):
     torch.testing.assert_close(loss, error.float(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("schedule, num_steps, eta, order", [
-    ("linear", 1000, 1.0, 1), ("cosine", 100, 0.5, 1), ("flow", 30, 0.0, 1),
-    ("cosine", 24, 0.0, 2), ("flow", 20, 0.0, 2)])
-def test_clipped_steps_are_those_of_the_papers(schedule, num_steps, eta, order):
+@pytest.mark.parametrize("schedule, num_steps, sampler, eta, order", [
+    ("linear", 1000, "ddpm", 1.0, 1), ("cosine", 100, "ddpm", 1.0, 1), ("flow", 30, "ddim", 0.0, 1),
+    ("cosine", 24, "dpm++", 0.0, 2), ("flow", 20, "dpm++", 0.0, 2)])
+def test_clipped_steps_are_those_of_the_papers(schedule, num_steps, sampler, eta, order):
     """DDIM, equations 12 and 16; with eta = 1 that is DDPM, with order 2 it is DPM-Solver++(2M)."""
     diffusion, noise = Diffusion(schedule, "eps"), torch.Generator().manual_seed(0)
     start, last = torch.randn(4000, 1, generator=noise).double(), None
-    walk = diffusion.sample(lambda x, t: x.sin(), start, num_steps, eta=eta, order=order, clip=1.0,
-                            generator=noise)
+    walk = diffusion.sample(lambda x, t: x.sin(), start, num_steps, sampler, 1.0, noise)
     for (t, x, x0_hat), (s, after, _) in itertools.pairwise(walk):
         alpha, sigma = diffusion.path[:2, t]
         alpha_s, sigma_s = diffusion.path[:2, s] if s >= 0 else torch.tensor([1.0, 0.0]).double()
@@ -498,7 +497,7 @@ def test_clipped_steps_are_those_of_the_papers(schedule, num_steps, eta, order):
     (1, 16, 16, True), (3, 4, 12, False), (64, 8, 8, True)])
 def test_unet_shapes_and_that_it_sees_time_and_every_pixel(channels, height, width, scale_shift):
     torch.manual_seed(0)
-    net, t = UNet(channels, width=8, scale_shift=scale_shift), torch.tensor([10, 500])
+    net, t = UNet(channels, (8, 16, 32), scale_shift=scale_shift), torch.tensor([10, 500])
     x = torch.randn(1, channels, height, width).repeat(2, 1, 1, 1).requires_grad_()
     assert net(x, t).shape == x.shape and not net(x, t).any()  # the last layer starts at zero
     for p in net.parameters():
@@ -652,7 +651,7 @@ def test_metrics_their_spreads_and_the_digits_that_these_are_worth():
 
 
 # ==== The command and the toy =====================================================================
-NETWORK = {"width": 4, "multipliers": (1, 2), "attention": (1,)}
+NETWORK = {"widths": (4, 8), "attention": (1,)}
 TINY = ["--batch-size", "8", "--num-samples", "32", "--sample-steps", "2", "--log-every", "2",
         "--save-every", "3", "--lr", "0.05"]
 FLAGS = "--steps", "8", "--decay", "0,0.9", "--stages", "0.5,1"  # of the run `whole`
@@ -779,7 +778,7 @@ def test_four_steps_replayed_plainly(bars, tmp_path, capfd):
             loss = diffusion.loss(model.eval(), bars.held_out / 127.5 - 1, t, eps).mean().item()
         assert rows[4, name, ""]["held_out_loss"] == pytest.approx(loss, rel=2e-4)
     eps = torch.randn(8, 1, 8, 8, generator=noise.manual_seed(start))
-    *_, (_, x0, _) = diffusion.sample(model, eps, 3, eta=1.0, clip=1.0, generator=noise)
+    *_, (_, x0, _) = diffusion.sample(model, eps, 3, "ddpm", 1.0, noise)
     drawn = FIGURES["samples.png"].axes[1].images[0].get_array()[:, :, 0].reshape(8, 8, 9)[..., :8]
     np.testing.assert_allclose(2 * drawn - 1, x0[:, 0].swapaxes(0, 1), atol=0.02)
     assert rows[4, "real", "32 by ddpm in 3 steps"]["fd"] == bars.rows[4, "real", SAMPLES]["fd"]
