@@ -211,7 +211,7 @@ class EMA:
         self.step = state["step"]
 
 
-LADDER = tuple(round(1 - 0.1 * 5e-4 ** (rung / 13), 5) for rung in range(14))  # 0.9 … 0.99995
+LADDER = tuple(1 - 0.1 * 5e-4 ** (rung / 13) for rung in range(14))  # 1 - decay: 0.1 to 5e-5
 
 
 class EMABank(EMA):
