@@ -1292,7 +1292,7 @@ SETTINGS = {  # flag: (default, what it is, (from, to) or the names that it may 
     "log_every": (100, "steps between rows of the log", (1, 10**8)),
     "features": ("", "TorchScript file, uint8 [N, 3, H, W] to the features of the metrics", str),
     "preset": ("small", "cifar10: the DDPM paper's network and training", ("small", "cifar10")),
-    "report": ((), "finished runs (folders) to compare, in --out", Path),
+    "report": ((), "folders of runs to compare; goes with --out alone", Path),
 }
 PRESETS = {
     "small": {"warmup": 100, "flip": False, "logit_normal": True, "network": {}},  # for a CPU
